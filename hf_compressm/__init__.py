@@ -1,0 +1,32 @@
+"""hf_compressm: shrink the state dimension of Hugging Face Mamba models, physically, in the middle of training."""
+
+from .callback import CompreSSMCallback
+from .checkpoint import read_record, resize_while_loading, write_record
+from .compressor import Compressor
+from .config import CompreSSMConfig
+from .mixers import find_mixers
+from .oneshot import compress
+from .plan import CompressionPlan, plan_compression
+from .report import CompressionReport
+from .statistics import NonFiniteError, StateStatistics, measure
+from .surgery import compress_
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CompreSSMCallback",
+    "CompreSSMConfig",
+    "CompressionPlan",
+    "CompressionReport",
+    "Compressor",
+    "NonFiniteError",
+    "StateStatistics",
+    "compress",
+    "compress_",
+    "find_mixers",
+    "measure",
+    "plan_compression",
+    "read_record",
+    "resize_while_loading",
+    "write_record",
+]

@@ -1,0 +1,270 @@
+"""The Compressor behind transformers' TrainerCallback: for the stock Trainer, no subclass."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+from transformers.utils import logging
+
+from .checkpoint import load_inputs, resize_while_loading, save_inputs, write_record
+from .compressor import Compressor
+from .config import CompreSSMConfig
+from .distributed.collectives import is_distributed
+from .distributed.ddp import sharding_message, unwrap
+from .report import CompressionReport
+
+logger = logging.get_logger(__name__)
+
+
+class CompreSSMCallback(TrainerCallback, ExportableState):
+    """Shrinks the state of a Mamba model in the middle of `Trainer.train()`.
+
+    Statistics are taken on the batches that training has just seen; no batch is consumed and no random number drawn.
+    What it did goes through the Trainer's log to every tracker (`compressm/state_size`, `compressm/relative_error`,
+    `compressm/loss_before_cut`, ...), into `trainer_state.json` and into `compressm.json` in every checkpoint.
+
+    Args:
+        config: what to cut, when and how; or its dictionary.
+
+    Attributes:
+        history: a dictionary for each cut and each skipped attempt.
+
+    Example:
+        >>> from hf_compressm import CompreSSMCallback, CompreSSMConfig
+        >>> callbacks = [CompreSSMCallback(CompreSSMConfig(state_size=12))]   # Trainer(..., callbacks=callbacks)
+    """
+
+    def __init__(self, config: CompreSSMConfig | dict[str, Any]) -> None:
+        if not isinstance(config, (CompreSSMConfig, dict)):
+            raise TypeError(f"config must be a CompreSSMConfig or its dictionary, got {type(config).__name__}")
+        self.config = CompreSSMConfig.from_dict(config) if isinstance(config, dict) else config
+        self.history: list[dict[str, Any]] = []
+        # Where the schedule stands, and what a pragmatic cut will be compared with: with the history, all of the state.
+        self.progress: dict[str, Any] = {}
+        self.compressor: Compressor | None = None
+        self._trainer: Trainer | None = None
+        self._save_postponed = False
+
+    def state(self) -> dict[str, Any]:
+        """What trainer_state.json keeps of this callback."""
+        if self.compressor is not None:
+            self.progress |= self.compressor.state_dict()
+        progress = {key: value for key, value in self.progress.items() if key != "history"}
+        return {
+            "args": {"config": self.config.to_dict()},
+            "attributes": {"history": self.history, "progress": progress},
+        }
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        # The weights of a checkpoint are loaded before any other event, into a model that the script built full-size.
+        bare, _ = unwrap(model)
+        resize_while_loading(bare)
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: Any = None,
+        optimizer: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._trainer = find_trainer(self)
+        if self.config.pragmatic and self._trainer is not None and self._trainer.eval_dataset is None:
+            raise ValueError("pragmatic=True evaluates after a cut: give the Trainer an eval_dataset")
+        wrapped = self._wrapped_model(model)
+        self.progress = {}
+        if state.global_step > 0:
+            self._resume(state)
+        self.compressor = Compressor(
+            self.config,
+            wrapped,
+            optimizer,
+            total_steps=state.max_steps,
+            warmup_steps=args.get_warmup_steps(state.max_steps),
+            history=self.history,
+        )
+        if self.progress:
+            self.compressor.load_state_dict(self.progress | {"history": self.history})
+            self._load_recorded_inputs(args, state)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        compressor = self.compressor
+        if self.config.pragmatic:
+            if compressor.can_take_back:
+                return self._await_verdict(state, control)
+            if self._baseline_missing(state):
+                control.should_evaluate = True
+                if state.global_step >= compressor.pending[0]:
+                    # Cut one step later, when the value to compare with is known.
+                    return control
+        report = compressor.step(state.global_step)
+        if report is not None:
+            self._announce(report, state)
+            if compressor.can_take_back:
+                self._save_postponed = control.should_save
+                control.should_save = False
+        return control
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        compressor = self.compressor
+        if compressor is None or not self.config.pragmatic:
+            return control
+        name, greater_is_better = self._metric(args)
+        if name not in (metrics or {}):
+            raise ValueError(f"pragmatic_metric {name!r} is not among the evaluation's {sorted(metrics or {})}")
+        if compressor.can_take_back:
+            if state.global_step < self.history[-1]["step"] + self.config.pragmatic_steps:
+                return control
+            self._judge(name, metrics[name], greater_is_better, state)
+            control.should_save = control.should_save or self._save_postponed
+            self._save_postponed = False
+        elif compressor.pending:
+            self.progress["baseline"] = metrics[name]
+            self.progress["baseline_step"] = state.global_step
+        return control
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if self._was_cut and args.should_save:
+            write_record(self.history, directory)
+        if self.compressor is not None and self.compressor.recorder.batches:
+            save_inputs(self.compressor.recorder.batches, directory, _rank())
+        return control
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        compressor = self.compressor
+        if compressor is None:
+            return
+        if compressor.can_take_back:
+            logger.warning("training ended before the last cut was evaluated; it stays")
+            compressor.keep()
+        self.progress = {}
+        # load_best_model_at_end may have brought back weights of another size.
+        compressor.repair_wrapper()
+        compressor.remove()
+        self.compressor = None
+        if self._was_cut and args.should_save:
+            write_record(self.history, args.output_dir)
+
+    @property
+    def _was_cut(self) -> bool:
+        return any(entry["status"] == "cut" for entry in self.history)
+
+    def _wrapped_model(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model as training calls it: callbacks are only given the bare one."""
+        if self._trainer is None:
+            return model
+        if self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled:
+            raise RuntimeError(sharding_message("DeepSpeed" if self._trainer.is_deepspeed_enabled else "FSDP"))
+        return self._trainer.model_wrapped
+
+    def _resume(self, state: TrainerState) -> None:
+        """Take up the history and the schedule from the checkpoint's trainer_state.json."""
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(saved, list):
+            saved = saved[0]
+        self.history = [] if saved is None else saved["attributes"]["history"]
+        self.progress = {} if saved is None else saved["attributes"]["progress"]
+
+    def _load_recorded_inputs(self, args: TrainingArguments, state: TrainerState) -> None:
+        directories = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
+        if args.resume_from_checkpoint and args.resume_from_checkpoint is not True:
+            directories.insert(0, Path(str(args.resume_from_checkpoint)))
+        for directory in directories:
+            batches = load_inputs(directory, _rank())
+            if batches is not None:
+                self.compressor.recorder.batches.extend(batches)
+                return
+
+    def _announce(self, report: CompressionReport, state: TrainerState) -> None:
+        if state.is_world_process_zero:
+            tqdm.write(f"\nCompreSSM, step {report.step}\n{report}\n")
+        self._log(report.metrics(), state)
+
+    def _log(self, metrics: dict[str, float], state: TrainerState) -> None:
+        if self._trainer is not None:
+            self._trainer.log(dict(metrics))
+        else:
+            state.log_history.append({**metrics, "step": state.global_step})
+
+    def _metric(self, args: TrainingArguments) -> tuple[str, bool]:
+        name = self.config.pragmatic_metric or args.metric_for_best_model or "loss"
+        name = name if name.startswith("eval_") else f"eval_{name}"
+        greater = args.greater_is_better
+        if self.config.pragmatic_metric is not None or greater is None:
+            greater = not name.endswith("loss")
+        return name, greater
+
+    def _baseline_missing(self, state: TrainerState) -> bool:
+        pending = self.compressor.pending
+        soon_due = bool(pending) and state.global_step >= pending[0] - 1
+        measured_at = self.progress.get("baseline_step", -self.config.pragmatic_steps - 1)
+        return soon_due and state.global_step - measured_at > self.config.pragmatic_steps
+
+    def _await_verdict(self, state: TrainerState, control: TrainerControl) -> TrainerControl:
+        """Between a pragmatic cut and its evaluation nothing is saved: a resume could not take the cut back."""
+        self._save_postponed = self._save_postponed or control.should_save
+        control.should_save = False
+        if state.global_step >= self.history[-1]["step"] + self.config.pragmatic_steps:
+            control.should_evaluate = True
+        return control
+
+    def _judge(self, name: str, value: float, greater_is_better: bool, state: TrainerState) -> None:
+        baseline = self.progress["baseline"]
+        worse_by = (baseline - value if greater_is_better else value - baseline) / max(abs(baseline), 1e-12)
+        verdict = f"{name} {baseline:.4f} before the cut, {value:.4f} after {self.config.pragmatic_steps} steps"
+        self.history[-1] |= {"metric": name, "metric_before": baseline, "metric_after": value}
+        if worse_by > self.config.pragmatic_tolerance:
+            self.compressor.take_back()
+            logger.warning(
+                f"the cut at step {self.history[-1]['step']} is taken back, and none will follow: {verdict}"
+            )
+        else:
+            self.compressor.keep()
+            logger.info(f"the cut at step {self.history[-1]['step']} stays: {verdict}")
+        self._log({"compressm/state_size": self.compressor.state_size}, state)
+
+
+def find_trainer(callback: TrainerCallback) -> Trainer | None:
+    """The Trainer that runs a callback.
+
+    Callbacks are not told: they get neither the Trainer, whose log reaches every tracker, nor the wrapped model, which
+    a cut must repair. The garbage collector knows who holds the callback: a handler's list, held by a Trainer.
+    """
+    for holder in gc.get_referrers(callback):
+        if isinstance(holder, list):
+            for candidate in _trainers():
+                if candidate.callback_handler.callbacks is holder:
+                    return candidate
+    return None
+
+
+def _trainers() -> list[Trainer]:
+    return [item for item in gc.get_objects() if issubclass(type(item), Trainer) and hasattr(item, "callback_handler")]
+
+
+def _rank() -> int:
+    return dist.get_rank() if is_distributed() else 0

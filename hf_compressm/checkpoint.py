@@ -1,0 +1,172 @@
+"""Checkpoints across a cut: load one of either size, and the record and inputs that lie beside the weights."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers.utils import logging
+
+from .mixers import Mixer, StateAxis, find_mixers
+
+logger = logging.get_logger(__name__)
+
+RECORD_FILE = "compressm.json"
+INPUTS_FILE = "compressm_inputs_{rank}.safetensors"
+RECORD_VERSION = 1
+
+# Called with the (old, new) pairs of parameters that a resize replaced.
+OnResize = Callable[[list[tuple[nn.Parameter, nn.Parameter]]], None]
+
+
+# One hook per mixer: a later call of resize_while_loading takes the place of an earlier one.
+_LOAD_HOOKS: weakref.WeakKeyDictionary[nn.Module, RemovableHandle] = weakref.WeakKeyDictionary()
+
+
+def resize_while_loading(model: nn.Module, on_resize: OnResize | None = None) -> None:
+    """Let `load_state_dict` of a model take weights of another state size: each mixer then takes on the weights' size.
+
+    A training script builds the full-size model; a checkpoint written after a cut is smaller. With this, the one loads
+    the other, in either direction, and the config follows. Weights of the mixer's own size change nothing.
+
+    Args:
+        model: the bare model.
+        on_resize: called for each mixer that was resized, with the pairs of old and new parameters.
+    """
+    stop_resizing_while_loading(model)
+    for mixer in find_mixers(model).values():
+        hook = functools.partial(_resize_to_incoming, mixer, on_resize)
+        _LOAD_HOOKS[mixer.module] = mixer.module.register_load_state_dict_pre_hook(hook)
+
+
+def stop_resizing_while_loading(model: nn.Module) -> None:
+    """Undo `resize_while_loading`: weights of another size are an error again."""
+    for module in model.modules():
+        handle = _LOAD_HOOKS.pop(module, None)
+        if handle is not None:
+            handle.remove()
+
+
+def _resize_to_incoming(
+    mixer: Mixer,
+    on_resize: OnResize | None,
+    module: nn.Module,
+    state_dict: dict[str, torch.Tensor],
+    prefix: str,
+    *_: Any,
+) -> None:
+    names = {id(child): f"{name}." if name else "" for name, child in module.named_modules()}
+    incoming = set()
+    for axis in mixer.layout.state_axes(module):
+        weight = state_dict.get(f"{prefix}{names[id(axis.module)]}{axis.parameter}")
+        if weight is not None and weight.dim() == axis.tensor.dim():
+            incoming.add(axis.state_size_of(weight.shape[axis.dim]))
+    # Weights that belong to no one state size are left to load_state_dict's own error.
+    if len(incoming) == 1 and (state_size := incoming.pop()) not in (None, mixer.state_size):
+        pairs = resize_mixer(mixer, state_size)
+        if on_resize is not None:
+            on_resize(pairs)
+
+
+@torch.no_grad()
+def resize_mixer(mixer: Mixer, state_size: int) -> list[tuple[nn.Parameter, nn.Parameter]]:
+    """Give a mixer parameters of another state size, and its config the size. The values are there to be loaded over.
+
+    Returns:
+        Pairs of old and new parameters.
+    """
+    before, pairs = mixer.state_size, []
+    for axis in mixer.layout.state_axes(mixer.module):
+        old = axis.tensor
+        new = nn.Parameter(_resized(axis, before, state_size), requires_grad=old.requires_grad)
+        new.__dict__.update(old.__dict__)
+        setattr(axis.module, axis.parameter, new)
+        pairs.append((old, new))
+    mixer.layout.set_state_size(mixer.module, state_size)
+    if mixer.config is not None:
+        setattr(mixer.config, mixer.architecture.state_size_field, state_size)
+    logger.info(f"{mixer.name}: state_size {before} -> {state_size}, to fit the weights that are loaded")
+    return pairs
+
+
+def _resized(axis: StateAxis, before: int, after: int) -> torch.Tensor:
+    old = axis.tensor.detach()
+    shape = list(old.shape)
+    shape[axis.dim] = axis.length(after)
+    return old.new_zeros(shape)
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that a result depends on."""
+    names = ("hf-compressm", "torch", "transformers", "accelerate")
+    return {name: importlib.metadata.version(name) for name in names}
+
+
+def write_record(history: list[dict[str, Any]], directory: str | Path) -> Path:
+    """Write `compressm.json`: every cut that made the model what it is.
+
+    Args:
+        history: of a Compressor or a CompreSSMCallback.
+        directory: where the model is saved.
+    """
+    file = Path(directory) / RECORD_FILE
+    file.parent.mkdir(parents=True, exist_ok=True)
+    content = {"format_version": RECORD_VERSION, "versions": library_versions(), "cuts": history}
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return file
+
+
+def read_record(directory: str | Path) -> list[dict[str, Any]]:
+    """The history in a `compressm.json`.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not a record that this version reads.
+    """
+    file = Path(directory) / RECORD_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        version, cuts = content["format_version"], content["cuts"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a record of cuts ({type(error).__name__}: {error})") from error
+    if version != RECORD_VERSION:
+        raise ValueError(f"{file}: record format {version!r}, but this version reads {RECORD_VERSION}")
+    return cuts
+
+
+def save_inputs(batches: Iterable[dict[str, Any]], directory: str | Path, rank: int) -> None:
+    """Save recorded inputs beside a checkpoint, so that a cut that is soon due is the same after a resume."""
+    tensors, plain = {}, []
+    for number, batch in enumerate(batches):
+        plain.append(
+            {key: value for key, value in batch.items() if isinstance(value, (bool, int, float, str, type(None)))}
+        )
+        for key, value in batch.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{number}.{key}"] = value.contiguous().clone()
+    file = Path(directory) / INPUTS_FILE.format(rank=rank)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    safetensors.torch.save_file(tensors, file, metadata={"plain": json.dumps(plain)})
+
+
+def load_inputs(directory: str | Path, rank: int) -> list[dict[str, Any]] | None:
+    """The inputs that `save_inputs` wrote there, or None."""
+    file = Path(directory) / INPUTS_FILE.format(rank=rank)
+    if not file.is_file():
+        return None
+    with safetensors.safe_open(file, "pt") as content:
+        batches = json.loads(content.metadata()["plain"])
+        for name in content.keys():  # noqa: SIM118 (not a dictionary)
+            number, key = name.split(".", 1)
+            batches[int(number)][key] = content.get_tensor(name)
+    return batches

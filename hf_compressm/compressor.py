@@ -1,0 +1,376 @@
+"""Cuts in the middle of a training loop: the schedule, the recorded inputs, one cut, the history, the way back."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from transformers.utils import logging
+
+from .checkpoint import resize_mixer, resize_while_loading, stop_resizing_while_loading
+from .config import CompreSSMConfig, is_whole
+from .distributed.collectives import (
+    broadcast_bytes,
+    check_same_everywhere,
+    is_distributed,
+    sum_over_processes,
+    world_size,
+)
+from .distributed.ddp import rebuild_reducer, reducer_is_stale, unwrap
+from .mixers import find_mixers
+from .optimizer import replace_parameter, sliced_state, unwrap_optimizer
+from .plan import CompressionPlan, plan_compression
+from .ranks import fixed_state_size
+from .replay import InputRecorder, compare_outputs, first_rows
+from .report import CompressionReport
+from .schedule import cut_steps
+from .statistics import NonFiniteError, measure
+from .surgery import check_optimizer, compress_, update_configs
+
+logger = logging.get_logger(__name__)
+
+MINIMUM_TOKENS = 4096
+# Loss and KL across a cut are measured on this many tokens of the last batch: logits of a large vocabulary are big.
+CHECK_TOKENS = 2048
+
+
+class Compressor:
+    """Shrinks a model's state in the middle of a training loop.
+
+    Args:
+        config: what to cut, when and how.
+        model: the model, bare or as torch.compile, DDP or Accelerate wrapped it.
+        optimizer: the optimizer that trains it, bare or as Accelerate wrapped it.
+        total_steps: optimizer steps of the whole training; the schedule's fractions refer to it.
+        warmup_steps: steps of learning-rate warm-up, in which the default schedule does not cut.
+        accelerator: the loop's Accelerator; with it, steps that only accumulate gradients are not counted.
+        history: what earlier runs did to this model, from `history` or `read_record`; a fixed target that they
+            reached is not asked for again.
+
+    Attributes:
+        history: a dictionary for each cut and each skipped attempt, as JSON can hold it; `write_record` saves it.
+        global_step: optimizer steps seen.
+
+    Raises:
+        ValueError: no mixer, a target that is not below N, or a schedule without a cut.
+        TypeError: an unsupported mixer or optimizer.
+        RuntimeError: a sharded model (FSDP, DeepSpeed).
+
+    Example:
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> model = MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=8, state_size=16, num_hidden_layers=1))
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> config = CompreSSMConfig(state_size=4, calibration_tokens=64)
+        >>> compressor = Compressor(config, model, optimizer, total_steps=10)
+        >>> for _ in range(10):
+        ...     input_ids = torch.randint(8, (4, 16))
+        ...     model(input_ids, labels=input_ids).loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     _ = compressor.step()
+        >>> model.config.state_size, compressor.history[0]["step"]
+        (4, 2)
+    """
+
+    def __init__(
+        self,
+        config: CompreSSMConfig,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        total_steps: int,
+        warmup_steps: int = 0,
+        accelerator: Accelerator | None = None,
+        history: list[dict[str, Any]] | None = None,
+    ) -> None:
+        self.config = config
+        self.wrapped = model
+        self.model, self.ddp = unwrap(model)
+        self.optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
+        self.accelerator = accelerator
+        if is_distributed() and self.ddp is None:
+            raise RuntimeError(
+                "several processes train this model, but it is not wrapped in DistributedDataParallel; give the "
+                "Compressor the model that accelerator.prepare or DDP returned"
+            )
+        self.state_size = max(mixer.state_size for mixer in find_mixers(self.model).values())
+        self.steps = cut_steps(config.schedule, total_steps, warmup_steps)
+        self.history: list[dict[str, Any]] = [] if history is None else history
+        self.global_step = 0
+        # A fixed target is reached once; a second run of the same script on the same model has nothing left to cut.
+        self.stopped = config.state_size is not None and any(entry["status"] == "cut" for entry in self.history)
+        if not self.stopped:
+            self._check_target()
+        self._done_until = 0
+        self._announced_wait = False
+        self._optimizer_checked = False
+        self._snapshot: dict[str, Any] | None = None
+        self.recorder = InputRecorder(self.model, self.wanted_tokens)
+        resize_while_loading(self.model, self._follow_resize)
+        self.repair_wrapper()
+
+    @property
+    def pending(self) -> list[int]:
+        """The steps after which cuts are still to come."""
+        return [] if self.stopped else [step for step in self.steps if step > self._done_until]
+
+    @property
+    def wanted_tokens(self) -> int:
+        """Calibration tokens that a cut waits for, over all processes."""
+        if self.config.calibration_tokens is not None:
+            return self.config.calibration_tokens
+        target = self.config.state_size
+        kept = self.state_size // 4 if target is None else fixed_state_size(target, self.state_size)
+        return max(MINIMUM_TOKENS, 2 * kept * self.state_size)
+
+    def step(self, global_step: int | None = None) -> CompressionReport | None:
+        """Call this once after each optimizer step, when the gradients are zeroed; it cuts when a cut is due.
+
+        Args:
+            global_step: optimizer steps made so far; None counts the calls.
+
+        Returns:
+            The report of a cut that was just made, else None.
+        """
+        if self.accelerator is not None and not self.accelerator.sync_gradients:
+            return None
+        self.global_step = self.global_step + 1 if global_step is None else global_step
+        self._record_if_soon_due()
+        if not self.pending:
+            return None
+        self._check_optimizer_early()
+        if self.global_step < self.pending[0]:
+            return None
+        gathered = self._gathered_tokens()
+        if gathered < self.wanted_tokens:
+            if not self._announced_wait:
+                self._announced_wait = True
+                logger.warning(
+                    f"the cut due at step {self.pending[0]} waits: {gathered} of {self.wanted_tokens} calibration "
+                    "tokens have passed by"
+                )
+            return None
+        return self.cut()
+
+    def cut(self) -> CompressionReport | None:
+        """Cut now, on the inputs recorded so far.
+
+        Returns:
+            The report, or None if the cut was skipped; `history` says why.
+
+        Raises:
+            NonFiniteError: non-finite statistics or parameters, if the config says so.
+            ValueError: nothing was recorded yet.
+        """
+        if not self.recorder.batches:
+            raise ValueError("no input has been recorded yet; run at least one training step before the cut")
+        remaining = len([step for step in self.pending if step > self.global_step]) + 1
+        scheduled = max((step for step in self.pending if step <= self.global_step), default=self.global_step)
+        seconds: dict[str, float] = {}
+        try:
+            with _timed(seconds, "measure"):
+                statistics = measure(self.model, self.recorder.batches, across_processes=True)
+            with _timed(seconds, "plan"):
+                plan = self._plan(statistics, remaining)
+        except NonFiniteError as error:
+            if self.config.on_non_finite == "raise":
+                raise
+            logger.warning(f"the cut at step {self.global_step} is skipped: {error}")
+            self._skip(str(error), scheduled)
+            return None
+        if not plan.changes:
+            kept = self.config.max_kept_fraction
+            reason = f"the rule keeps more than {kept:.0%} of the states, or all of them"
+            logger.info(f"the cut at step {self.global_step} is skipped: {reason}")
+            self._skip(reason, scheduled)
+            return None
+        report = self._apply(plan, seconds)
+        self._done_until = max(scheduled, self.global_step)
+        self.history.append({"status": "cut", "scheduled_step": scheduled, **report.to_dict()})
+        self._announced_wait = False
+        self.state_size = report.state_size_after
+        self.recorder.wanted_tokens = self.wanted_tokens
+        self._record_if_soon_due()
+        return report
+
+    def take_back(self) -> None:
+        """Undo the last cut: weights and optimizer are those of the moment before it. No further cut is made.
+
+        Raises:
+            RuntimeError: there is nothing to go back to; only `pragmatic` cuts keep the way back.
+        """
+        if self._snapshot is None:
+            raise RuntimeError("there is no cut to take back; set pragmatic=True to keep weights before a cut")
+        snapshot, self._snapshot = self._snapshot, None
+        mixers = find_mixers(self.model)
+        for name, state_size in snapshot["state_sizes"].items():
+            self._follow_resize(resize_mixer(mixers[name], state_size))
+        update_configs(mixers)
+        self.model.load_state_dict(snapshot["model"])
+        if self.optimizer is not None:
+            # The learning rate has moved on with the schedule; only the moments go back.
+            groups = self.optimizer.state_dict()["param_groups"]
+            self.optimizer.load_state_dict({"state": snapshot["optimizer"]["state"], "param_groups": groups})
+            check_optimizer(self.model, self.optimizer)
+        self.repair_wrapper()
+        self.state_size = max(snapshot["state_sizes"].values())
+        self.history[-1]["status"] = "taken back"
+        self.stopped = True
+
+    def keep(self) -> None:
+        """Let go of the weights that `take_back` would restore."""
+        self._snapshot = None
+
+    @property
+    def can_take_back(self) -> bool:
+        return self._snapshot is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule stands; for `accelerator.register_for_checkpointing(compressor)`."""
+        return {
+            "history": self.history,
+            "global_step": self.global_step,
+            "done_until": self._done_until,
+            "stopped": self.stopped,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the run that `state_dict` describes stopped."""
+        self.history, self.global_step = state["history"], state["global_step"]
+        self._done_until, self.stopped = state["done_until"], state["stopped"]
+        self.state_size = max(mixer.state_size for mixer in find_mixers(self.model).values())
+
+    def remove(self) -> None:
+        """Take every hook off the model. If a cut was made, it can still load checkpoints of either size."""
+        self.recorder.remove()
+        if not any(entry["status"] == "cut" for entry in self.history):
+            stop_resizing_while_loading(self.model)
+
+    def repair_wrapper(self) -> None:
+        """Rebuild DDP's reducer if weights of another size were loaded under it. Every process must call this."""
+        if self.ddp is not None and reducer_is_stale(self.ddp):
+            rebuild_reducer(self.ddp, [])
+
+    def _check_target(self) -> None:
+        target = self.config.state_size
+        if is_whole(target):
+            for name, mixer in find_mixers(self.model).items():
+                if target >= mixer.state_size:
+                    raise ValueError(
+                        f"layer {name}: target state_size {target} is not below the current {mixer.state_size}; "
+                        f"choose 1..{mixer.state_size - 1}"
+                    )
+
+    def _plan(self, statistics: dict, remaining: int) -> CompressionPlan:
+        config = self.config
+        if is_whole(config.state_size) and remaining > 1:
+            # Several cuts approach the target geometrically.
+            size = self.state_size * (config.state_size / self.state_size) ** (1 / remaining)
+            config = dataclasses.replace(config, state_size=round(size))
+        elif isinstance(config.state_size, float):
+            config = dataclasses.replace(config, state_size=config.state_size ** (1 / len(self.steps)))
+        plan = plan_compression(self.model, statistics, config, across_processes=True)
+        device = next(self.model.parameters()).device
+        plan = CompressionPlan.from_bytes(broadcast_bytes(plan.to_bytes(), device))
+        check_same_everywhere(plan.digest(), "the plan", device)
+        return plan
+
+    def _apply(self, plan: CompressionPlan, seconds: dict[str, float]) -> CompressionReport:
+        batch = first_rows(self.recorder.batches[-1], CHECK_TOKENS)
+        with _timed(seconds, "check"):
+            before = compare_outputs(self.model, batch)
+        if self.config.pragmatic:
+            with _timed(seconds, "snapshot"):
+                self._snapshot = self._take_snapshot()
+        with _timed(seconds, "apply"):
+            report = compress_(self.wrapped, plan, self.optimizer)
+            if self.optimizer is not None:
+                check_optimizer(self.model, self.optimizer)
+        with _timed(seconds, "check"):
+            loss_after, divergence = compare_outputs(self.model, batch, before)
+        report.step = self.global_step
+        report.seconds = seconds
+        report.loss_before, report.loss_after = _mean_over_processes(before[0]), _mean_over_processes(loss_after)
+        report.kl_divergence = _mean_over_processes(divergence)
+        return report
+
+    def _take_snapshot(self) -> dict[str, Any]:
+        return {
+            "state_sizes": {name: mixer.state_size for name, mixer in find_mixers(self.model).items()},
+            "model": _to_host(self.model.state_dict()),
+            "optimizer": None if self.optimizer is None else _to_host(self.optimizer.state_dict()),
+        }
+
+    def _skip(self, reason: str, scheduled: int) -> None:
+        self._done_until = max(scheduled, self.global_step)
+        self.history.append(
+            {"status": "skipped", "step": self.global_step, "scheduled_step": scheduled, "reason": reason}
+        )
+
+    def _gathered_tokens(self) -> int:
+        """Tokens recorded on all processes. A collective: every process must come to the same decision."""
+        own = torch.tensor(self.recorder.tokens // world_size(), device=next(self.model.parameters()).device)
+        return int(sum_over_processes(own))
+
+    def _record_if_soon_due(self) -> None:
+        """Record inputs only over the last steps before a cut: a copy to the host makes a GPU wait."""
+        recorder = self.recorder
+        if not self.pending:
+            recorder.active = False
+        elif recorder.tokens_per_forward > 0:
+            # Two steps more than needed: the last batch of an epoch may be a small one.
+            window = math.ceil(self.wanted_tokens / recorder.tokens_per_forward) + 2
+            recorder.active = self.pending[0] - self.global_step <= window
+        if not recorder.active:
+            recorder.batches.clear()
+
+    def _check_optimizer_early(self) -> None:
+        """Refuse an optimizer that cannot be carried at the first step that it has state, not hours later."""
+        if self._optimizer_checked or self.optimizer is None:
+            return
+        first = torch.zeros(1, dtype=torch.int64)
+        for name, mixer in find_mixers(self.model).items():
+            for axis in mixer.layout.state_axes(mixer.module):
+                label = f"{name}: {axis.parameter}"
+                state = sliced_state(self.optimizer, axis.tensor, label, axis.dim, first)
+                self._optimizer_checked = self._optimizer_checked or state is not None
+
+    def _follow_resize(self, pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        """Weights of another size were loaded: the optimizer takes the new parameters, without moments."""
+        if self.optimizer is not None:
+            for old, new in pairs:
+                replace_parameter(self.optimizer, old, new, None)
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
+
+
+def _mean_over_processes(value: torch.Tensor | None) -> float | None:
+    if value is None:
+        return None
+    return float(sum_over_processes(value.detach().float().clone())) / world_size()
+
+
+def _to_host(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {key: _to_host(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(_to_host(item) for item in value)
+    return value

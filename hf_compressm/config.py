@@ -1,0 +1,180 @@
+"""Every knob of a cut, in one dataclass that reads and writes JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+SCHEDULES = ("one_cut", "compressm")
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+def is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+@dataclass(kw_only=True)
+class CompreSSMConfig:
+    """What to cut, when, and how.
+
+    Exactly one of `state_size`, `tolerance` and `hankel_tolerance` says how many states are kept.
+
+    Raises:
+        ValueError: a value out of range, or not exactly one rule for the number of states.
+        TypeError: a value of the wrong type.
+
+    Example:
+        >>> CompreSSMConfig(state_size=12).criterion
+        'auto'
+        >>> CompreSSMConfig(tolerance=0.02, multiple_of=4).to_dict()["multiple_of"]
+        4
+    """
+
+    state_size: int | float | None = _option(
+        None, "States to keep: a number (12), or a fraction of the present number (0.1)."
+    )
+    tolerance: float | None = _option(
+        None, "Keep the fewest states for which no layer's measured relative output error exceeds this (0.02 = 2 %)."
+    )
+    hankel_tolerance: float | None = _option(
+        None, "CompreSSM's rule: keep the fewest states that hold the share 1 - tau of the sum of the Hankel values."
+    )
+    criterion: str = _option(
+        "auto",
+        "How states are ranked; auto is `refit` for Mamba-1 and `ghost` for Mamba-2. See hf_compressm.criteria.",
+    )
+    refit: bool = _option(True, "Refit the readout C of the kept states in closed form (Mamba-1 layouts only).")
+    refit_steps: int = _option(
+        10,
+        "Most conjugate-gradient steps of the refit; 0 keeps the mean-field start. Held-back tokens stop it earlier.",
+    )
+    refit_penalty: float = _option(0.01, "Weight lambda that draws the refit towards its mean-field start.")
+    calibration_tokens: int | None = _option(
+        None, "Tokens, over all processes, that a cut is measured on. None: max(4096, 2 r N)."
+    )
+    schedule: str | list[int | float] = _option(
+        "one_cut",
+        "When to cut: `one_cut` (at a fifth of training, never during warm-up), `compressm` (four attempts in the first "
+        "tenth, as published), or a list of steps (int) and fractions of training (float).",
+    )
+    multiple_of: int = _option(1, "Round the number of kept states up to a multiple of this.")
+    max_kept_fraction: float = _option(
+        0.95, "A rule that measures (tolerance, hankel_tolerance) cuts only if it keeps less than this share of N."
+    )
+    on_non_finite: str = _option("skip", "What to do about non-finite statistics or parameters: `skip` or `raise`.")
+    pragmatic: bool = _option(False, "Evaluate some steps after a cut, and take the cut back if the metric fell.")
+    pragmatic_steps: int = _option(50, "Training steps between a cut and its evaluation.")
+    pragmatic_metric: str | None = _option(None, "The metric; None: metric_for_best_model, or eval_loss.")
+    pragmatic_tolerance: float = _option(
+        0.02, "How much worse the metric may be, relative to its value before the cut."
+    )
+    seed: int = _option(0, "Seed of the `random` criterion.")
+
+    def __post_init__(self) -> None:
+        from .criteria import CRITERIA
+
+        rules = {name: getattr(self, name) for name in ("state_size", "tolerance", "hankel_tolerance")}
+        given = [name for name, value in rules.items() if value is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"set exactly one of state_size, tolerance and hankel_tolerance; got {given or 'none of them'}"
+            )
+        self._check_state_size()
+        for name in ("tolerance", "hankel_tolerance"):
+            if rules[name] is not None:
+                self._check_number(name, low=0, high=1, open_low=True)
+        self._check_number("refit_penalty", low=0)
+        self._check_number("pragmatic_tolerance", low=0)
+        self._check_number("max_kept_fraction", low=0, high=1, open_low=True, closed_high=True)
+        for name, low in (("refit_steps", 0), ("multiple_of", 1), ("pragmatic_steps", 1), ("seed", 0)):
+            self._check_whole(name, low)
+        if self.calibration_tokens is not None:
+            self._check_whole("calibration_tokens", 1)
+        for name in ("refit", "pragmatic"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        if self.criterion != "auto" and self.criterion not in CRITERIA:
+            raise ValueError(f"unknown criterion {self.criterion!r}; choose auto or one of {', '.join(CRITERIA)}")
+        if self.on_non_finite not in ("skip", "raise"):
+            raise ValueError(f"on_non_finite must be 'skip' or 'raise', got {self.on_non_finite!r}")
+        self._check_schedule()
+
+    def _check_state_size(self) -> None:
+        size = self.state_size
+        if size is None or (is_whole(size) and size >= 1) or (isinstance(size, float) and 0 < size < 1):
+            return
+        if isinstance(size, (int, float)) and not isinstance(size, bool):
+            raise ValueError(f"state_size must be an int of at least 1 or a float between 0 and 1, got {size!r}")
+        raise TypeError(f"state_size must be an int or a float, got {size!r} ({type(size).__name__})")
+
+    def _check_number(
+        self, name: str, low: float, high: float | None = None, open_low: bool = False, closed_high: bool = False
+    ) -> None:
+        value = getattr(self, name)
+        if not isinstance(value, (int, float)) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__})")
+        above = value > low if open_low else value >= low
+        below = high is None or (value <= high if closed_high else value < high)
+        if not (above and below):
+            upper = "" if high is None else f" and {'at most' if closed_high else 'below'} {high}"
+            raise ValueError(f"{name} must be {'above' if open_low else 'at least'} {low}{upper}, got {value!r}")
+
+    def _check_whole(self, name: str, low: int) -> None:
+        value = getattr(self, name)
+        if not is_whole(value):
+            raise TypeError(f"{name} must be a whole number, got {value!r} ({type(value).__name__})")
+        if value < low:
+            raise ValueError(f"{name} must be at least {low}, got {value}")
+
+    def _check_schedule(self) -> None:
+        if isinstance(self.schedule, str):
+            if self.schedule not in SCHEDULES:
+                raise ValueError(
+                    f"unknown schedule {self.schedule!r}; choose one of {', '.join(SCHEDULES)}, or a list"
+                )
+            return
+        if not isinstance(self.schedule, (list, tuple)) or not self.schedule:
+            raise TypeError(f"schedule must be a name or a non-empty list of steps, got {self.schedule!r}")
+        self.schedule = list(self.schedule)
+        for moment in self.schedule:
+            step = is_whole(moment) and moment >= 1
+            if not step and not (isinstance(moment, float) and 0 < moment < 1):
+                raise ValueError(f"schedule: {moment!r} is neither a step (int >= 1) nor a fraction between 0 and 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a dictionary that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> CompreSSMConfig:
+        """Build a config from a dictionary; keys that this version does not know are dropped with a warning."""
+        known = {option.name for option in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            logger.warning(f"CompreSSMConfig: ignoring unknown keys {unknown} (written by a newer version?)")
+        return cls(**{name: value for name, value in values.items() if name in known})
+
+    def save(self, path: str | Path) -> None:
+        """Write the config as a JSON file."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> CompreSSMConfig:
+        """Read a config written by `save`."""
+        try:
+            values = json.loads(Path(path).read_text(encoding="utf-8"))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not a JSON file: {error}") from error
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} does not hold a config: expected an object, got {type(values).__name__}")
+        return cls.from_dict(values)

@@ -1,0 +1,110 @@
+"""The scores that states are ranked by: each a few lines, with its formula and source. The largest are kept.
+
+Add your own with the decorator; its name can then be used in `CompreSSMConfig(criterion=...)`:
+
+    >>> @criterion("slowest")
+    ... def slowest(statistics, seed):
+    ...     return statistics.A.mean(dim=1)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from .elimination import eliminate
+from .statistics import StateStatistics
+
+Criterion = Callable[[StateStatistics, int], torch.Tensor]
+CRITERIA: dict[str, Criterion] = {}
+
+
+def criterion(name: str) -> Callable[[Criterion], Criterion]:
+    """Register a function (statistics, seed) → scores of shape (groups, N) under a name."""
+
+    def register(function: Criterion) -> Criterion:
+        CRITERIA[name] = function
+        return function
+
+    return register
+
+
+@criterion("refit")
+def refit(statistics: StateStatistics, seed: int) -> torch.Tensor:
+    """Pivoted backward elimination: the score is the step at which a state is removed. Made for the refit of C."""
+    scores = torch.empty(statistics.groups, statistics.state_size, dtype=torch.float64)
+    for group, (H, omega) in enumerate(zip(statistics.state_gram, statistics.readout_gram, strict=True)):
+        removed, _ = eliminate(H, omega)
+        scores[group, removed] = torch.arange(len(removed), dtype=torch.float64)
+    return scores
+
+
+@criterion("ghost")
+def ghost(statistics: StateStatistics, seed: int) -> torch.Tensor:
+    """GHOST (arXiv 2602.11408): the energy that a state alone puts into the output, K_nn = Σ w (C_n h_n)²."""
+    return statistics.contribution_gram.diagonal(dim1=-2, dim2=-1).double().cpu()
+
+
+@criterion("hankel")
+def hankel(statistics: StateStatistics, seed: int) -> torch.Tensor:
+    """CompreSSM's mean-LTI surrogate (arXiv 2510.02823, section 4): the Hankel value of each state on its own.
+
+    With a = exp(Δ̄ A), b = Δ̄ B̄, c = C̄ averaged over tokens, σ_n = √(P_nn Q_nn) = |b_n c_n| / (1 − a_n²).
+    """
+    P, Q = mean_lti_gramians(statistics)
+    return (P.diagonal(dim1=-2, dim2=-1) * Q.diagonal(dim1=-2, dim2=-1)).sqrt()
+
+
+@criterion("magnitude")
+def magnitude(statistics: StateStatistics, seed: int) -> torch.Tensor:
+    """‖W_B[n]‖ ‖W_C[n]‖: the size of the parameters that write a state and read it; no data."""
+    return (statistics.B_norm * statistics.C_norm).double().cpu()
+
+
+@criterion("random")
+def random(statistics: StateStatistics, seed: int) -> torch.Tensor:
+    """A random choice: the control that any criterion must beat."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(statistics.groups, statistics.state_size, generator=generator, dtype=torch.float64)
+
+
+@criterion("smallest")
+def smallest(statistics: StateStatistics, seed: int) -> torch.Tensor:
+    """Keeps what `hankel` would remove: the control of CompreSSM's ablation that shows that the ranking matters."""
+    return -hankel(statistics, seed)
+
+
+def mean_lti_gramians(statistics: StateStatistics) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gramians of the time-invariant system that a layer is on average, averaged over its channels.
+
+    P_ij = b_i b_j / (1 − a_i a_j) and Q_ij = c_i c_j / (1 − a_i a_j), with a = exp(Δ̄ A), b = Δ̄ B̄, c = C̄
+    (CompreSSM, arXiv 2510.02823, sections 2 and 4, for diagonal systems in discrete time).
+
+    Returns:
+        P and Q, shape (groups, N, N), float64, on the CPU.
+    """
+    tokens = statistics.tokens.double().cpu()
+    delta = statistics.delta_sum.double().cpu() / tokens
+    B, C = statistics.B_sum.double().cpu() / tokens, statistics.C_sum.double().cpu() / tokens
+    rates = statistics.A.double().cpu().expand(-1, -1, statistics.state_size)
+    P, Q = [], []
+    for group in range(statistics.groups):
+        exponent = delta[group, :, None] * rates[group]
+        inverse_gap = -1 / torch.expm1(exponent[:, :, None] + exponent[:, None, :])
+        P.append((delta[group].square()[:, None, None] * inverse_gap).mean(0) * torch.outer(B[group], B[group]))
+        Q.append(inverse_gap.mean(0) * torch.outer(C[group], C[group]))
+    return torch.stack(P), torch.stack(Q)
+
+
+def hankel_singular_values(statistics: StateStatistics) -> torch.Tensor:
+    """σ = √eig(P Q) of the mean-LTI surrogate, in falling order, shape (groups, N), float64."""
+    P, Q = mean_lti_gramians(statistics)
+    root = _symmetric_root(P)
+    eigenvalues = torch.linalg.eigvalsh(root @ Q @ root)
+    return eigenvalues.clamp_min(0).sqrt().flip(-1)
+
+
+def _symmetric_root(gramian: torch.Tensor) -> torch.Tensor:
+    eigenvalues, vectors = torch.linalg.eigh(gramian)
+    return (vectors * eigenvalues.clamp_min(0).sqrt()[..., None, :]) @ vectors.transpose(-1, -2)

@@ -1,0 +1,90 @@
+"""The Mamba-2 layout: A is one number per head, B_t and C_t pass a convolution and an activation, in groups of heads.
+
+Shapes: I = intermediate_size, G = n_groups, H = num_heads, N = ssm_state_size. The rows of `in_proj` are
+[z: I | x: I | B: G N | C: G N | Δ: H], the channels of `conv1d` are [x: I | B: G N | C: G N]. B and C pass SiLU behind
+the convolution, so only a selection of states folds into a stock model, the same number in every group. The rows of the
+convolution's weight and bias go with the rows of in_proj, since SiLU(bias) is not zero.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .mamba1 import causal_conv, linear, token_mask
+from .scan import ScanInputs, StateAxis
+
+NAME = "Mamba-2"
+
+
+def state_axes(mixer: nn.Module) -> list[StateAxis]:
+    """The parameters that hold the state, and where in them."""
+    inner, blocks = mixer.intermediate_size, 2 * mixer.n_groups
+    axes = []
+    for module, before, after in ((mixer.in_proj, 2 * inner, mixer.num_heads), (mixer.conv1d, inner, 0)):
+        for parameter in ("weight", "bias"):
+            if getattr(module, parameter) is not None:
+                axes.append(StateAxis(module, parameter, dim=0, blocks=blocks, before=before, after=after))
+    return axes
+
+
+def readout_axis(mixer: nn.Module) -> None:
+    """There is none: what reads the state out is not linear in the parameters."""
+    return None
+
+
+def groups(mixer: nn.Module) -> int:
+    return mixer.n_groups
+
+
+def set_state_size(mixer: nn.Module, state_size: int) -> None:
+    """Write the new size into the numbers that the forward reads; the parameters have it already."""
+    mixer.ssm_state_size = state_size
+    mixer.conv_dim = mixer.conv1d.weight.shape[0]
+    mixer.conv1d.in_channels = mixer.conv1d.out_channels = mixer.conv1d.groups = mixer.conv_dim
+    mixer.in_proj.out_features = mixer.in_proj.weight.shape[0]
+
+
+def decay_rates(mixer: nn.Module) -> torch.Tensor:
+    """The negative rates A, shape (groups, channels, 1), float32: one number per head, for all of its channels."""
+    return _per_channel(mixer, -mixer.A_log.detach().float().exp())[..., None]
+
+
+def parameter_norms(mixer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Norms of the in_proj rows of B and of C, each of shape (groups, N), float32."""
+    axis = state_axes(mixer)[0]
+    weight = mixer.in_proj.weight.detach().float()
+    rows = weight[axis.before : axis.length(mixer.ssm_state_size) - axis.after].norm(dim=1)
+    B, C = rows.view(2, mixer.n_groups, mixer.ssm_state_size)
+    return B, C
+
+
+def scan_inputs(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> ScanInputs:
+    """Recompute the recurrence's inputs from the mixer's input, in float32; arguments as in the Mamba-1 layout."""
+    mask = token_mask(hidden_states, attention_mask)
+    batch, length = mask.shape
+    inner, size, n_groups = mixer.intermediate_size, mixer.ssm_state_size, mixer.n_groups
+    projected = linear(mixer.in_proj, hidden_states.float() * mask[..., None])
+    z, mixed, delta = projected.split([inner, mixer.conv_dim, mixer.num_heads], dim=-1)
+    mixed = mixer.act(causal_conv(mixer.conv1d, mixed)) * mask[..., None]
+    x, B, C = mixed.split([inner, n_groups * size, n_groups * size], dim=-1)
+    delta = F.softplus(delta + mixer.dt_bias.float()).clamp(*mixer.time_step_limit)
+    return ScanInputs(
+        delta=_per_channel(mixer, delta),
+        A=decay_rates(mixer),
+        x=x.reshape(batch, length, n_groups, -1),
+        B=B.reshape(batch, length, n_groups, size),
+        C=C.reshape(batch, length, n_groups, size),
+        gate=F.silu(z).reshape(batch, length, n_groups, -1),
+        gain=(mixer.out_proj.weight.float().norm(dim=0) * mixer.norm.weight.float()).view(n_groups, -1),
+        mask=mask,
+        D=_per_channel(mixer, mixer.D.float()),
+        norm_epsilon=mixer.norm.variance_epsilon,
+    )
+
+
+def _per_channel(mixer: nn.Module, per_head: torch.Tensor) -> torch.Tensor:
+    """From (..., heads) to (..., groups, channels): a head's number holds for each of its channels."""
+    spread = per_head[..., None].expand(*per_head.shape, mixer.head_dim)
+    return spread.reshape(*per_head.shape[:-1], mixer.n_groups, -1)

@@ -1,0 +1,129 @@
+"""Carry optimizer state through a change of shape.
+
+Gradients of kept rows do not change to first order when removed states are made up for by the others: row s of C has
+the gradient Σ_t δ_t h_t[s] u_t, whatever the values of C. So the moments of kept entries are kept, entry by entry.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from torch.optim import Optimizer
+
+# State entries with one number per parameter entry (or, in Adafactor's factors, per row and per column).
+# Key → the optimizers that use it. An optimizer whose keys are not here is refused: add its keys if its state is
+# elementwise, or a factor that keeps the parameter's dimensions in order.
+SLICED_STATE = {
+    "exp_avg": "Adam, AdamW, Adamax, NAdam, RAdam, Lion, Adafactor",
+    "exp_avg_sq": "Adam, AdamW, NAdam, RAdam, Adafactor without factors",
+    "max_exp_avg_sq": "Adam and AdamW with amsgrad",
+    "exp_inf": "Adamax",
+    "momentum_buffer": "SGD, RMSprop, Muon",
+    "square_avg": "RMSprop, Adadelta",
+    "grad_avg": "RMSprop",
+    "acc_delta": "Adadelta",
+    "sum": "Adagrad",
+    "row_var": "torch.optim.Adafactor",
+    "col_var": "torch.optim.Adafactor",
+    "variance": "torch.optim.Adafactor",
+    "exp_avg_sq_row": "transformers.Adafactor",
+    "exp_avg_sq_col": "transformers.Adafactor",
+}
+# Entries that hold one number for the whole parameter.
+WHOLE_STATE = {"step", "mu_product", "RMS"}
+
+
+def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer inside Accelerate's wrapper.
+
+    Raises:
+        TypeError: not a torch optimizer, or one whose parameters live in flat or sharded buffers.
+    """
+    if isinstance(optimizer, AcceleratedOptimizer):
+        optimizer = optimizer.optimizer
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    return optimizer
+
+
+def sliced_state(
+    optimizer: Optimizer, old: torch.nn.Parameter, name: str, dim: int, index: torch.Tensor
+) -> dict[str, Any] | None:
+    """The optimizer's state of a parameter for the rows that stay; the optimizer is only read.
+
+    Args:
+        optimizer: an unwrapped torch optimizer.
+        old: the parameter as the optimizer holds it.
+        name: its name, for errors.
+        dim: the dimension that shrinks.
+        index: the rows that stay along it.
+
+    Returns:
+        The new state, or None if the optimizer holds none for this parameter yet.
+
+    Raises:
+        TypeError: an entry that is not known to be sliceable.
+    """
+    state = optimizer.state.get(old)
+    if not state:
+        return None
+    return {key: _sliced(optimizer, key, value, old, name, dim, index) for key, value in state.items()}
+
+
+def _sliced(
+    optimizer: Optimizer, key: str, value: Any, old: torch.nn.Parameter, name: str, dim: int, index: torch.Tensor
+) -> Any:
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    problem = None
+    if type(value) is not torch.Tensor:
+        problem = f"is a {type(value).__name__}"
+    elif key in WHOLE_STATE and value.numel() == 1:
+        return value
+    elif key not in SLICED_STATE:
+        problem = f"is an unknown tensor of shape {tuple(value.shape)}"
+    else:
+        state_dim = _state_dim(key, value, old, dim)
+        if state_dim == "untouched":
+            return value
+        if state_dim is not None:
+            return value.index_select(state_dim, index.to(value.device))
+        problem = f"has shape {tuple(value.shape)}, which does not fit the parameter's {tuple(old.shape)}"
+    raise TypeError(
+        f"optimizer {type(optimizer).__name__} cannot be carried through a cut: its state {key!r} of parameter {name} "
+        f"{problem}; supported: AdamW and its relatives, SGD, RMSprop, Adagrad, Adafactor, Lion. If the state is "
+        "elementwise, add its key to hf_compressm.optimizer.SLICED_STATE"
+    )
+
+
+def _state_dim(key: str, value: torch.Tensor, old: torch.nn.Parameter, dim: int) -> int | str | None:
+    """The dimension of a state entry that belongs to dimension `dim` of the parameter; None if nothing fits."""
+    shape, last = old.shape, old.dim() - 1
+    if value.shape == shape:
+        return dim
+    factors = {
+        "row_var": (*shape[:-1], 1),
+        "col_var": (*shape[:-2], 1, shape[-1]),
+        "exp_avg_sq_row": shape[:-1],
+        "exp_avg_sq_col": (*shape[:-2], shape[-1]),
+    }
+    if tuple(value.shape) != tuple(factors.get(key, ())):
+        return None
+    averaged_over = last if key in ("row_var", "exp_avg_sq_row") else last - 1
+    if dim == averaged_over:
+        return "untouched"
+    keeps_dims = key in ("row_var", "col_var")
+    return dim if keeps_dims or dim < averaged_over else dim - 1
+
+
+def replace_parameter(
+    optimizer: Optimizer, old: torch.nn.Parameter, new: torch.nn.Parameter, state: dict[str, Any] | None
+) -> None:
+    """Put a parameter into the place of another, in its group and with its new state. Nothing here can fail."""
+    for group in optimizer.param_groups:
+        group["params"] = [new if parameter is old else parameter for parameter in group["params"]]
+    optimizer.state.pop(old, None)
+    if state is not None:
+        optimizer.state[new] = state

@@ -1,0 +1,349 @@
+"""The plan of a cut: which states stay in each layer, and the new readout. Pure data; making one touches no module."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
+from transformers.utils import logging
+
+from .config import CompreSSMConfig
+from .criteria import CRITERIA
+from .elimination import eliminate
+from .mixers import Mixer, find_mixers
+from .ranks import choose_state_size
+from .refit import refit_readout
+from .statistics import NonFiniteError, StateStatistics
+
+logger = logging.get_logger(__name__)
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class LayerPlan:
+    """What becomes of one layer.
+
+    Attributes:
+        mixer_class: the class name of its mixer.
+        state_size_before: N.
+        kept: the states that stay, in rising order, shape (groups, r), int64.
+        readout: M with C' = M C, shape (r, N), float32; None if C's rows are only selected.
+        criterion: the name of the score the states were ranked by.
+        refit: how the readout was found: `conjugate gradients`, `mean field` or `none`.
+        relative_error: √(Σ w (y−ŷ)² / Σ w y²) of what the layer passes on, measured on calibration tokens (on those
+            held back from the fit, where there was one).
+        error_curve: the expected relative error with 0, 1, …, N states kept, N + 1 numbers.
+    """
+
+    mixer_class: str
+    state_size_before: int
+    kept: torch.Tensor
+    readout: torch.Tensor | None
+    criterion: str
+    refit: str
+    relative_error: float
+    error_curve: list[float]
+
+    @property
+    def state_size_after(self) -> int:
+        return self.kept.shape[1]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The layer without its readout matrix, as JSON can hold it."""
+        return {
+            "mixer_class": self.mixer_class,
+            "state_size_before": self.state_size_before,
+            "state_size_after": self.state_size_after,
+            "kept": self.kept.tolist(),
+            "criterion": self.criterion,
+            "refit": self.refit,
+            "relative_error": self.relative_error,
+            "error_curve": self.error_curve,
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class CompressionPlan:
+    """The plan of one cut of a model.
+
+    Attributes:
+        layers: layer name → what becomes of it. Layers that are left as they are have `state_size_after` equal to
+            `state_size_before`; every mixer of the model is listed.
+        tokens: the number of calibration tokens it was decided on.
+        config: the config it was made with.
+
+    Example:
+        >>> import tempfile
+        >>> kept = torch.tensor([[0, 2]])
+        >>> layer = LayerPlan("MambaMixer", 4, kept, None, "ghost", "none", 0.1, [1.0, 0.5, 0.1, 0.05, 0.0])
+        >>> plan = CompressionPlan({"layers.0.mixer": layer}, 4096, CompreSSMConfig(state_size=2))
+        >>> with tempfile.TemporaryDirectory() as directory:
+        ...     plan.save(directory)
+        ...     CompressionPlan.load(directory).digest() == plan.digest()
+        True
+    """
+
+    layers: dict[str, LayerPlan]
+    tokens: int
+    config: CompreSSMConfig
+
+    @property
+    def changes(self) -> dict[str, LayerPlan]:
+        """The layers that lose states."""
+        return {name: layer for name, layer in self.layers.items() if layer.state_size_after < layer.state_size_before}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the readout matrices, as JSON can hold it."""
+        return {
+            "format_version": FORMAT_VERSION,
+            "tokens": self.tokens,
+            "config": self.config.to_dict(),
+            "layers": {name: layer.to_dict() for name, layer in self.layers.items()},
+        }
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The readout matrices by layer name."""
+        return {name: layer.readout for name, layer in self.layers.items() if layer.readout is not None}
+
+    def digest(self) -> str:
+        """SHA-256 of everything in the plan: equal on all processes, and unchanged in a file."""
+        hasher = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode())
+        for name, tensor in sorted(self.tensors().items()):
+            hasher.update(name.encode())
+            hasher.update(tensor.contiguous().numpy().tobytes())
+        return hasher.hexdigest()
+
+    def to_bytes(self) -> bytes:
+        """The whole plan as the bytes of one safetensors file."""
+        content = json.dumps(self.to_dict() | {"digest": self.digest()})
+        return safetensors.torch.save(self.tensors() or {"_": torch.zeros(0)}, metadata={"plan": content})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> CompressionPlan:
+        """The plan that `to_bytes` wrote."""
+        tensors = safetensors.torch.load(data)
+        tensors.pop("_", None)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return cls._from_parts(json.loads(header["__metadata__"]["plan"]), tensors, "the plan's bytes")
+
+    def save(self, path: str | Path) -> None:
+        """Write `plan.json`, and `plan.safetensors` with the readout matrices beside it.
+
+        Args:
+            path: a directory (made if missing), or the name of the JSON file.
+        """
+        json_file = _json_file(path)
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        safetensors.torch.save_file(self.tensors(), json_file.with_suffix(".safetensors"))
+        content = self.to_dict() | {"digest": self.digest()}
+        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> CompressionPlan:
+        """Read a plan.
+
+        Args:
+            path: as given to `save`.
+
+        Raises:
+            FileNotFoundError: one of its two files is missing.
+            ValueError: a file is truncated, edited, or not a plan.
+        """
+        json_file = _json_file(path)
+        tensor_file = json_file.with_suffix(".safetensors")
+        for file in (json_file, tensor_file):
+            if not file.is_file():
+                raise FileNotFoundError(
+                    f"{file} is missing; a plan is two files, {json_file.name} and {tensor_file.name}"
+                )
+        try:
+            content = json.loads(json_file.read_text(encoding="utf-8"))
+            tensors = safetensors.torch.load_file(tensor_file)
+        except (json.JSONDecodeError, UnicodeDecodeError, safetensors.SafetensorError) as error:
+            raise ValueError(f"{json_file}: the plan is truncated or not a plan ({error}); make it anew") from error
+        return cls._from_parts(content, tensors, str(json_file))
+
+    @classmethod
+    def _from_parts(cls, content: Any, tensors: dict[str, torch.Tensor], where: str) -> CompressionPlan:
+        try:
+            if content["format_version"] != FORMAT_VERSION:
+                raise ValueError(
+                    f"{where}: plan format {content['format_version']!r}, but this version reads {FORMAT_VERSION}"
+                )
+            layers = {
+                name: LayerPlan(
+                    mixer_class=layer["mixer_class"],
+                    state_size_before=layer["state_size_before"],
+                    kept=torch.tensor(layer["kept"], dtype=torch.int64),
+                    readout=tensors.get(name),
+                    criterion=layer["criterion"],
+                    refit=layer["refit"],
+                    relative_error=layer["relative_error"],
+                    error_curve=layer["error_curve"],
+                )
+                for name, layer in content["layers"].items()
+            }
+            plan = cls(layers, content["tokens"], CompreSSMConfig.from_dict(content["config"]))
+            same = plan.digest() == content["digest"] and set(plan.tensors()) == set(tensors)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{where}: not a plan, or edited ({type(error).__name__}: {error})") from error
+        if not same:
+            raise ValueError(
+                f"{where}: its digest does not match its content; it was edited or mixed with another plan"
+            )
+        return plan
+
+
+def _json_file(path: str | Path) -> Path:
+    path = Path(path)
+    return path if path.suffix == ".json" else path / "plan.json"
+
+
+def plan_compression(
+    model: nn.Module,
+    statistics: dict[str, StateStatistics],
+    config: CompreSSMConfig,
+    *,
+    across_processes: bool = False,
+) -> CompressionPlan:
+    """Decide which states of each layer stay, how many, and how the kept ones are read out.
+
+    The model is only read.
+
+    Args:
+        model: the bare model that the statistics were measured on.
+        statistics: from `measure`, with the recorded inputs.
+        config: the rules.
+        across_processes: refit on the inputs of all processes; all of them must call this.
+
+    Returns:
+        The plan. A measured rule (tolerance, hankel_tolerance) may find that nothing is worth cutting: then
+        `plan.changes` is empty.
+
+    Raises:
+        NonFiniteError: statistics or parameters hold NaN or infinity.
+        ValueError: statistics of other layers than the model has, or a target that is not below N.
+        TypeError: an unsupported mixer.
+    """
+    mixers = find_mixers(model)
+    _check_statistics(mixers, statistics)
+    ranked = {name: _rank(mixers[name], layer, config) for name, layer in statistics.items()}
+    sizes: dict[str, int] = {}
+    for names in layers_by_config(mixers):
+        curves = {name: ranked[name].curve for name in names}
+        size = choose_state_size(config, {name: statistics[name] for name in names}, curves)
+        sizes |= dict.fromkeys(names, size)
+    layers = {
+        name: _plan_layer(name, mixers[name], layer, ranked[name], sizes[name], config, across_processes)
+        for name, layer in statistics.items()
+    }
+    tokens = int(next(iter(statistics.values())).tokens)
+    return CompressionPlan(layers, tokens, config)
+
+
+def layers_by_config(mixers: dict[str, Mixer]) -> list[list[str]]:
+    """Names of the layers that share one config, and therefore one state size. Mixers without a config stand alone."""
+    together: dict[Any, list[str]] = {}
+    for name, mixer in mixers.items():
+        together.setdefault(name if mixer.config is None else id(mixer.config), []).append(name)
+    return list(together.values())
+
+
+@dataclass(frozen=True)
+class _Ranking:
+    """States of a layer from the least to the most important, shape (groups, N); ε(r), shape (N + 1,)."""
+
+    criterion: str
+    refits: bool
+    order: torch.Tensor
+    curve: torch.Tensor
+
+
+def _rank(mixer: Mixer, statistics: StateStatistics, config: CompreSSMConfig) -> _Ranking:
+    refits = config.refit and mixer.layout.readout_axis(mixer.module) is not None
+    name = config.criterion
+    if name == "auto":
+        name = "refit" if refits else "ghost"
+    order = CRITERIA[name](statistics, config.seed).argsort(dim=-1, stable=True)
+    if refits:
+        _, squared = eliminate(statistics.state_gram[0], statistics.readout_gram[0], order[0])
+    else:
+        squared = _selection_error(statistics.contribution_gram.double().cpu(), order)
+    curve = torch.cat([torch.zeros(1, dtype=torch.float64), squared]).sqrt().flip(0)
+    return _Ranking(name, refits, order, curve)
+
+
+def _selection_error(contribution_gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Σ_{i,j removed} K_ij / Σ K after 1, …, N removals (without a refit), shape (N,); groups add up."""
+    sorted_gram = torch.stack([gram[rows][:, rows] for gram, rows in zip(contribution_gram, order, strict=True)])
+    removed = sorted_gram.cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1).sum(0)
+    return (removed / removed[-1].clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0)
+
+
+def _plan_layer(
+    name: str,
+    mixer: Mixer,
+    statistics: StateStatistics,
+    ranking: _Ranking,
+    size: int,
+    config: CompreSSMConfig,
+    across_processes: bool,
+) -> LayerPlan:
+    kept = ranking.order[:, statistics.state_size - size :].sort(dim=-1).values
+    readout, method, error = None, "none", float(ranking.curve[size])
+    if size == statistics.state_size:
+        error = 0.0
+    elif ranking.refits:
+        result = refit_readout(
+            mixer,
+            statistics,
+            kept[0],
+            steps=config.refit_steps,
+            penalty=config.refit_penalty,
+            across_processes=across_processes,
+        )
+        readout, method, error = result.matrix, result.method, result.relative_error
+    return LayerPlan(
+        mixer_class=type(mixer.module).__name__,
+        state_size_before=statistics.state_size,
+        kept=kept,
+        readout=readout,
+        criterion=ranking.criterion,
+        refit=method,
+        relative_error=error,
+        error_curve=[round(value, 8) for value in ranking.curve.tolist()],
+    )
+
+
+def _check_statistics(mixers: dict[str, Mixer], statistics: dict[str, StateStatistics]) -> None:
+    missing, unknown = sorted(set(mixers) - set(statistics)), sorted(set(statistics) - set(mixers))
+    if missing or unknown:
+        raise ValueError(
+            f"statistics and model do not match: no statistics for layers {missing}, no layers for statistics {unknown}"
+        )
+    for name, layer in statistics.items():
+        mixer = mixers[name]
+        if layer.state_size != mixer.state_size:
+            raise ValueError(
+                f"layer {name}: statistics were measured at state_size {layer.state_size}, "
+                f"but the model has {mixer.state_size}; measure again"
+            )
+        if layer.tokens == 0:
+            raise ValueError(f"layer {name}: the statistics hold no real token")
+        for axis in mixer.layout.state_axes(mixer.module):
+            if not torch.isfinite(axis.tensor).all():
+                raise NonFiniteError(
+                    f"layer {name}: parameter {axis.parameter} holds NaN or infinity; nothing was cut"
+                )
+        if not layer.is_finite():
+            raise NonFiniteError(
+                f"layer {name}: the statistics hold NaN or infinity; nothing was cut. Look for a diverged run or for "
+                "overflow in float16"
+            )

@@ -1,0 +1,212 @@
+"""Closed-form refit: new readout rows C' = M C for the kept states, so that they make up for the removed ones.
+
+It minimises the squared error of what the layer passes on, over the calibration tokens t and channels d,
+
+    Σ w_t[d] (y_t[d] − Σ_{s∈S} h_t[d,s] (M C_t)_s)²  +  λ tr(diag(H̄_SS) (M−M₀) Ω/T (M−M₀)ᵀ),
+
+by preconditioned conjugate gradients from the mean-field solution M₀. All that it needs of a token is the Gram matrix
+G_t = Σ_d w h_S h_Sᵀ (r×r) and p_t = Σ_d w e h_S, with e the error at M₀: the channels are summed away in one pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from .distributed.collectives import sum_over_processes
+from .mixers import Mixer, stream_states
+from .statistics import StateStatistics
+
+MEAN_FIELD_RIDGE = 1e-4
+PRECONDITIONER_RIDGE = 1e-3
+# Every 8th position of a sequence is held back from the fit. It stops the iteration and measures the error.
+HOLD_BACK = 8
+
+
+@dataclass(frozen=True)
+class Readout:
+    """A refit's result.
+
+    Attributes:
+        matrix: M with C' = M C, shape (r, N), float32, on the CPU.
+        relative_error: √(Σ w (y−ŷ)² / Σ w y²) on the tokens held back from the fit.
+        method: `conjugate gradients` or `mean field`.
+    """
+
+    matrix: torch.Tensor
+    relative_error: float
+    method: str
+
+
+def mean_field_readout(state_gram: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+    """M₀: the identity on the kept states and (H̄_SS + ridge)⁻¹ H̄_SR on the removed ones.
+
+    It is the best readout if C_t is independent of the states, and changes nothing if the removed states are zero.
+
+    Args:
+        state_gram: H̄, shape (N, N).
+        kept: S, the states that stay, shape (r,).
+
+    Returns:
+        M₀, shape (r, N), float64, on the CPU.
+    """
+    H, kept = state_gram.double().cpu(), kept.cpu()
+    removed = torch.ones(len(H), dtype=torch.bool)
+    removed[kept] = False
+    H_SS = _with_ridge(H[kept][:, kept], MEAN_FIELD_RIDGE)
+    matrix = torch.zeros(len(kept), len(H), dtype=torch.float64)
+    matrix[torch.arange(len(kept)), kept] = 1
+    matrix[:, removed] = torch.linalg.solve(H_SS, H[kept][:, removed])
+    return matrix
+
+
+@torch.no_grad()
+def refit_readout(
+    mixer: Mixer,
+    statistics: StateStatistics,
+    kept: torch.Tensor,
+    *,
+    steps: int,
+    penalty: float,
+    across_processes: bool = False,
+) -> Readout:
+    """Find the readout of the kept states that best reproduces a layer's output on its recorded inputs.
+
+    Args:
+        mixer: a mixer whose layout has a readout axis; it is only read.
+        statistics: of this layer, with its recorded inputs.
+        kept: the states that stay, shape (r,).
+        steps: the most conjugate-gradient steps; with 0, or with fewer than r N / 4 tokens, the mean field stays.
+        penalty: λ.
+        across_processes: fit on the inputs of all processes; all of them must call this.
+    """
+    start = mean_field_readout(statistics.state_gram[0], kept)
+    system = _token_systems(mixer, statistics, kept, start)
+    total = sum_over_processes if across_processes else _unchanged
+
+    fit = ~system.held_back
+    if total(fit.float().sum()) == 0 or total(system.held_back.float().sum()) == 0:
+        fit = torch.ones_like(fit)
+        held_back = fit
+    else:
+        held_back = system.held_back
+
+    energy = total(system.energy[held_back].sum())
+    best_error = total(system.error[held_back].sum())
+    best = torch.zeros_like(start, dtype=torch.float32, device=system.C.device)
+    method = "mean field"
+    if steps > 0 and statistics.tokens >= len(kept) * statistics.state_size / 4 and best_error > 0:
+        tokens = statistics.tokens.double().cpu()
+        H_SS = statistics.state_gram[0].double().cpu()[kept][:, kept]
+        omega = statistics.readout_gram[0].double().cpu() / tokens
+        for change in _conjugate_gradients(system, fit, H_SS, omega, steps, penalty, total):
+            error = total(system.error_after(change, held_back))
+            if not torch.isfinite(error) or error >= best_error:
+                break
+            best, best_error, method = change, error, "conjugate gradients"
+    matrix = start + best.double().cpu()
+    relative = (best_error.clamp_min(0) / energy.clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
+    return Readout(matrix.float(), float(relative), method)
+
+
+@dataclass(frozen=True)
+class _TokenSystems:
+    """What the fit needs of each token: G (tokens, r, r), p (tokens, r), C (tokens, N), and per token Σ_d w e² at M₀,
+    Σ_d w y², and whether it is held back from the fit."""
+
+    gram: torch.Tensor
+    p: torch.Tensor
+    C: torch.Tensor
+    error: torch.Tensor
+    energy: torch.Tensor
+    held_back: torch.Tensor
+
+    def error_after(self, change: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """Σ w (y−ŷ)² over some tokens with the readout M₀ + change."""
+        v = self.C[tokens] @ change.T
+        Gv = (self.gram[tokens] @ v[..., None]).squeeze(-1)
+        return (self.error[tokens] + ((Gv - 2 * self.p[tokens]) * v).sum(-1)).sum()
+
+
+def _token_systems(
+    mixer: Mixer, statistics: StateStatistics, kept: torch.Tensor, start: torch.Tensor
+) -> _TokenSystems:
+    device = statistics.state_gram.device
+    kept, start = kept.to(device), start.to(device, torch.float32)
+    parts = []
+    for hidden_states, mask in statistics.inputs:
+        hidden_states = hidden_states.to(device)
+        with torch.autocast(device.type, enabled=False):
+            inputs = mixer.layout.scan_inputs(mixer.module, hidden_states, mask)
+            for first, states in stream_states(inputs):
+                steps, batch = states.shape[:2]
+                C = inputs.C[:, first : first + steps].transpose(0, 1)[:, :, 0]
+                states = states[:, :, 0]
+                y = (states @ C[..., None]).squeeze(-1)
+                weight = inputs.weight(y[:, :, None], first)[:, :, 0]
+                h = states.index_select(-1, kept)
+                e = y - (h @ (C @ start.T)[..., None]).squeeze(-1)
+                wh = (h * weight[..., None]).transpose(-1, -2)
+                position = torch.arange(first, first + steps, device=device)[:, None].expand(steps, batch)
+                part = (
+                    wh @ h,
+                    (wh @ e[..., None]).squeeze(-1),
+                    C,
+                    (weight * e.square()).sum(-1),
+                    (weight * y.square()).sum(-1),
+                    position % HOLD_BACK == HOLD_BACK - 1,
+                )
+                parts.append([tensor.flatten(0, 1) for tensor in part])
+    return _TokenSystems(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _conjugate_gradients(
+    system: _TokenSystems,
+    fit: torch.Tensor,
+    H_SS: torch.Tensor,
+    omega: torch.Tensor,
+    steps: int,
+    penalty: float,
+    total: Callable[[torch.Tensor], torch.Tensor],
+):
+    """Yield M − M₀ after each step, shape (r, N), float32, on the system's device."""
+    device = system.C.device
+    gram, p, C = system.gram[fit], system.p[fit], system.C[fit]
+    scale = H_SS.diagonal().to(device, torch.float32)[:, None]
+    omega32 = omega.to(device, torch.float32)
+    left = torch.linalg.inv(_with_ridge(H_SS, PRECONDITIONER_RIDGE)).to(device, torch.float32)
+    right = torch.linalg.inv(_with_ridge(omega, PRECONDITIONER_RIDGE)).to(device, torch.float32)
+
+    def apply(D: torch.Tensor) -> torch.Tensor:
+        Gv = (gram @ (C @ D.T)[..., None]).squeeze(-1)
+        return total(Gv.T @ C) + penalty * scale * (D @ omega32)
+
+    change = torch.zeros(len(left), len(right), device=device)
+    residual = total(p.T @ C)
+    preconditioned = left @ residual @ right
+    direction = preconditioned
+    rho = (residual * preconditioned).sum()
+    for _ in range(steps):
+        product = apply(direction)
+        curvature = (direction * product).sum()
+        if not curvature > 0:
+            return
+        step = rho / curvature
+        change = change + step * direction
+        yield change
+        residual = residual - step * product
+        preconditioned = left @ residual @ right
+        new_rho = (residual * preconditioned).sum()
+        direction = preconditioned + (new_rho / rho) * direction
+        rho = new_rho
+
+
+def _with_ridge(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
+    mean = matrix.diagonal().mean().clamp_min(torch.finfo(matrix.dtype).tiny)
+    return matrix + ridge * mean * torch.eye(len(matrix), dtype=matrix.dtype)
+
+
+def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor

@@ -1,0 +1,99 @@
+"""What a cut did, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class LayerReport:
+    """One mixer: `status` is `cut` or `unchanged`; the rest as in `LayerPlan`."""
+
+    name: str
+    mixer_class: str
+    status: str
+    state_size_before: int
+    state_size_after: int
+    criterion: str
+    refit: str
+    relative_error: float
+    kept: list[list[int]]
+
+
+@dataclass
+class CompressionReport:
+    """One cut of a model.
+
+    Attributes:
+        layers: every mixer of the model, in its order.
+        tokens: the calibration tokens the cut was decided on.
+        parameters_before, parameters_after: numbers of parameters of the whole model.
+        optimizer_bytes_before, optimizer_bytes_after: size of the optimizer's state; 0 without an optimizer.
+        step: the training step after which the cut was made; None outside training.
+        seconds: how long each part took: measure, plan, apply, and check (loss and KL).
+        loss_before, loss_after: the model's own loss right before and after, on the last recorded batch; None if it
+            gives none.
+        kl_divergence: mean KL(before ‖ after) per token of the logits on that batch, in nats; None if there are none.
+    """
+
+    layers: list[LayerReport]
+    tokens: int
+    parameters_before: int
+    parameters_after: int
+    optimizer_bytes_before: int = 0
+    optimizer_bytes_after: int = 0
+    step: int | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    loss_before: float | None = None
+    loss_after: float | None = None
+    kl_divergence: float | None = None
+
+    @property
+    def state_size_before(self) -> int:
+        return max(layer.state_size_before for layer in self.layers)
+
+    @property
+    def state_size_after(self) -> int:
+        return max(layer.state_size_after for layer in self.layers)
+
+    @property
+    def relative_error(self) -> float:
+        """The largest relative error of any layer."""
+        return max(layer.relative_error for layer in self.layers)
+
+    @property
+    def changed(self) -> bool:
+        return any(layer.status == "cut" for layer in self.layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON can hold it."""
+        return asdict(self)
+
+    def metrics(self) -> dict[str, float]:
+        """The numbers that a training log wants, flat."""
+        values = {
+            "state_size": self.state_size_after,
+            "relative_error": self.relative_error,
+            "cut_seconds": sum(self.seconds.values()),
+            "loss_before_cut": self.loss_before,
+            "loss_after_cut": self.loss_after,
+            "kl_divergence": self.kl_divergence,
+        }
+        return {f"compressm/{name}": value for name, value in values.items() if value is not None}
+
+    def __str__(self) -> str:
+        width = max(len(layer.name) for layer in self.layers)
+        lines = [f"{'layer':{width}}  {'N':>9}  {'relative error':>14}  criterion, refit"]
+        for layer in self.layers:
+            sizes = f"{layer.state_size_before} → {layer.state_size_after}"
+            how = f"{layer.criterion}, {layer.refit}" if layer.status == "cut" else "unchanged"
+            lines.append(f"{layer.name:{width}}  {sizes:>9}  {layer.relative_error:14.4f}  {how}")
+        total = f"{self.parameters_before:,} → {self.parameters_after:,} parameters, decided on {self.tokens:,} tokens"
+        if self.seconds:
+            total += f", {sum(self.seconds.values()):.2f} s"
+        if self.loss_after is not None:
+            total += f"; loss {self.loss_before:.4f} → {self.loss_after:.4f}"
+        if self.kl_divergence is not None:
+            total += f", KL {self.kl_divergence:.2e}"
+        return "\n".join([*lines, total])

@@ -1,0 +1,198 @@
+"""What a cut is decided by: N×N sums over the states that a mixer runs through on real inputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from .distributed.collectives import is_main_process, sum_over_processes
+from .mixers import Mixer, find_mixers, stream_states
+from .replay import evaluation_mode, replay
+
+# Elements of the per-token Gram matrices that are alive at once: 16 MiB in float32.
+GRAM_ELEMENTS = 2**22
+
+
+class NonFiniteError(RuntimeError):
+    """Statistics or parameters hold NaN or infinity: nothing can be decided on them."""
+
+
+@dataclass
+class StateStatistics:
+    """The sums of one layer, over the calibration tokens t and channels d; h, B, C, Δ, w as in `ScanInputs`.
+
+    Attributes:
+        tokens: the number of real (not padding) tokens, shape ().
+        state_gram: H̄ = Σ w h hᵀ, shape (groups, N, N).
+        readout_gram: Ω = Σ_t C_t C_tᵀ, shape (groups, N, N).
+        contribution_gram: K = Σ w (C∘h)(C∘h)ᵀ, shape (groups, N, N). Its total is the output's energy Σ w y².
+        delta_sum: Σ_t Δ_t, shape (groups, channels).
+        B_sum, C_sum: Σ_t B_t and Σ_t C_t, shape (groups, N).
+        A: the decay rates, shape (groups, channels, N or 1).
+        B_norm, C_norm: norms of the parameter rows that make B_t and C_t, shape (groups, N).
+        inputs: the mixer's inputs, on the host: pairs of hidden states (batch, length, hidden) and their mask or None.
+    """
+
+    tokens: torch.Tensor
+    state_gram: torch.Tensor
+    readout_gram: torch.Tensor
+    contribution_gram: torch.Tensor
+    delta_sum: torch.Tensor
+    B_sum: torch.Tensor
+    C_sum: torch.Tensor
+    A: torch.Tensor
+    B_norm: torch.Tensor
+    C_norm: torch.Tensor
+    inputs: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
+
+    @property
+    def state_size(self) -> int:
+        return self.state_gram.shape[-1]
+
+    @property
+    def groups(self) -> int:
+        return self.state_gram.shape[0]
+
+    @property
+    def sums(self) -> list[torch.Tensor]:
+        """The tensors that add up over batches and processes."""
+        return [
+            self.tokens,
+            self.state_gram,
+            self.readout_gram,
+            self.contribution_gram,
+            self.delta_sum,
+            self.B_sum,
+            self.C_sum,
+        ]
+
+    def is_finite(self) -> bool:
+        return all(torch.isfinite(tensor).all() for tensor in (*self.sums, self.A, self.B_norm, self.C_norm))
+
+    @classmethod
+    @torch.no_grad()
+    def empty(cls, mixer: Mixer) -> StateStatistics:
+        """Sums over no token yet, for a mixer."""
+        module, groups, size = mixer.module, mixer.groups, mixer.state_size
+        decay = mixer.layout.decay_rates(module)
+        B_norm, C_norm = mixer.layout.parameter_norms(module)
+        zeros = decay.new_zeros
+        return cls(
+            tokens=zeros(()),
+            state_gram=zeros(groups, size, size),
+            readout_gram=zeros(groups, size, size),
+            contribution_gram=zeros(groups, size, size),
+            delta_sum=zeros(decay.shape[:2]),
+            B_sum=zeros(groups, size),
+            C_sum=zeros(groups, size),
+            A=decay,
+            B_norm=B_norm,
+            C_norm=C_norm,
+        )
+
+    @torch.no_grad()
+    def update(self, mixer: Mixer, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
+        """Add the tokens of one input of the mixer, shape (batch, length, hidden), and keep the input on the host."""
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            inputs = mixer.layout.scan_inputs(mixer.module, hidden_states.detach(), attention_mask)
+            mask = inputs.mask
+            B, C = inputs.B * mask[..., None, None], inputs.C * mask[..., None, None]
+            self.tokens += mask.sum()
+            self.delta_sum += (inputs.delta * mask[..., None, None]).sum(dim=(0, 1))
+            self.B_sum += B.sum(dim=(0, 1))
+            self.C_sum += C.sum(dim=(0, 1))
+            self.readout_gram += torch.einsum("blgm,blgn->gmn", C, C)
+            for start, states in stream_states(inputs):
+                self._add_states(states, C[:, start : start + states.shape[0]].transpose(0, 1), inputs, start)
+        host_mask = None if attention_mask is None else attention_mask.detach().cpu()
+        self.inputs.append((hidden_states.detach().cpu(), host_mask))
+
+    def _add_states(self, states: torch.Tensor, C: torch.Tensor, inputs: Any, start: int) -> None:
+        """Add a chunk of states, shape (steps, batch, groups, channels, N), read out by C (steps, batch, groups, N)."""
+        y = (states @ C[..., None]).squeeze(-1)
+        root = inputs.weight(y, start).sqrt()
+        weighted = (states * root[..., None]).flatten(0, 1)
+        C = C.flatten(0, 1)
+        _, groups, _, size = weighted.shape
+        for part, readout in zip(
+            weighted.split(max(1, GRAM_ELEMENTS // (groups * size * size))),
+            C.split(max(1, GRAM_ELEMENTS // (groups * size * size))),
+            strict=True,
+        ):
+            gram = part.transpose(-1, -2) @ part
+            self.state_gram += gram.sum(0)
+            self.contribution_gram += gram.mul_(readout[..., :, None]).mul_(readout[..., None, :]).sum(0)
+
+
+def measure(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    across_processes: bool = False,
+    show_progress: bool = False,
+) -> dict[str, StateStatistics]:
+    """Run batches through a model and gather the statistics of each of its mixers.
+
+    The model runs in eval mode and without gradients; its modes are put back. Labels are not needed.
+
+    Args:
+        model: the bare model (not wrapped in DDP).
+        batches: dictionaries of keyword arguments, tuples of positional ones, or tensors of input ids.
+        across_processes: sum the statistics over all processes of torch.distributed; all of them must call this.
+        show_progress: show a progress bar on the main process.
+
+    Returns:
+        Layer name → statistics, in the order of `find_mixers`.
+
+    Raises:
+        ValueError: no mixer, no batch, or nothing but padding.
+        TypeError: an unsupported mixer.
+
+    Example:
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> config = MambaConfig(vocab_size=8, hidden_size=8, state_size=4, num_hidden_layers=1)
+        >>> statistics = measure(MambaForCausalLM(config), [torch.zeros(2, 6, dtype=torch.long)])
+        >>> statistics["backbone.layers.0.mixer"].tokens.item()
+        12.0
+    """
+    mixers = find_mixers(model)
+    statistics = {name: StateStatistics.empty(mixer) for name, mixer in mixers.items()}
+    with _observed(mixers, statistics), evaluation_mode(model):
+        for batch in tqdm(batches, desc="measuring states", disable=not (show_progress and is_main_process())):
+            replay(model, batch, logits=False)
+    if across_processes:
+        for layer in statistics.values():
+            for tensor in layer.sums:
+                sum_over_processes(tensor)
+    for name, layer in statistics.items():
+        if layer.tokens == 0:
+            raise ValueError(f"layer {name}: saw no real token; give at least one batch that is not all padding")
+    return statistics
+
+
+@contextlib.contextmanager
+def _observed(mixers: Mapping[str, Mixer], statistics: Mapping[str, StateStatistics]) -> Iterator[None]:
+    """Within this context, every input of a mixer is added to its statistics."""
+
+    def observer(mixer: Mixer, layer: StateStatistics):
+        def observe(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            hidden_states = args[0] if args else kwargs["hidden_states"]
+            layer.update(mixer, hidden_states, kwargs.get("attention_mask"))
+
+        return observe
+
+    handles = [
+        mixer.module.register_forward_pre_hook(observer(mixer, statistics[name]), with_kwargs=True)
+        for name, mixer in mixers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,273 @@
+"""Apply a plan to a model and its optimizer, in place. Everything is prepared and checked before anything is touched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+from transformers.utils import logging
+
+from .distributed.ddp import rebuild_reducer, unwrap
+from .mixers import Mixer, StateAxis, find_mixers
+from .optimizer import replace_parameter, sliced_state, unwrap_optimizer
+from .plan import CompressionPlan, LayerPlan, layers_by_config
+from .report import CompressionReport, LayerReport
+
+logger = logging.get_logger(__name__)
+
+
+@dataclass
+class _Replacement:
+    """A parameter, the one that takes its place, and its optimizer state."""
+
+    axis: StateAxis
+    old: nn.Parameter
+    new: nn.Parameter
+    state: dict[str, Any] | None
+
+
+def compress_(model: nn.Module, plan: CompressionPlan, optimizer: Optimizer | None = None) -> CompressionReport:
+    """Cut states out of a model, in place, and carry the optimizer's state along.
+
+    Parameters are replaced by smaller ones, the optimizer's moments are sliced, the config's state size is updated, and
+    a DDP wrapper's reducer is rebuilt. Call it where no gradients are alive, such as after `optimizer.zero_grad()`.
+
+    Args:
+        model: a model, bare or as torch.compile, DDP or Accelerate wrapped it. Under DDP, all processes must call this
+            with the same plan.
+        plan: from `plan_compression`, or loaded.
+        optimizer: the optimizer that trains the model, bare or as Accelerate wrapped it.
+
+    Returns:
+        What became of every mixer.
+
+    Raises:
+        ValueError: the plan does not fit the model.
+        TypeError: a mixer, or an optimizer state, that is not supported.
+        RuntimeError: a sharded model (FSDP, DeepSpeed), or parameters with gradient hooks or with several owners.
+
+    After an error, model and optimizer are as they were.
+
+    Example:
+        >>> from transformers import MambaConfig, MambaForCausalLM
+        >>> from hf_compressm import CompreSSMConfig, compress_, measure, plan_compression
+        >>> model = MambaForCausalLM(MambaConfig(vocab_size=8, hidden_size=8, state_size=8, num_hidden_layers=1))
+        >>> statistics = measure(model, [torch.arange(8).repeat(4, 1)])
+        >>> report = compress_(model, plan_compression(model, statistics, CompreSSMConfig(state_size=2)))
+        >>> model.config.state_size, report.layers[0].status
+        (2, 'cut')
+    """
+    bare, ddp = unwrap(model)
+    if optimizer is not None:
+        optimizer = unwrap_optimizer(optimizer)
+    mixers = find_mixers(bare)
+    validate(plan, mixers)
+    parameters_before, bytes_before = _count_parameters(bare), optimizer_bytes(optimizer)
+    _refuse_shared_parameters(bare, mixers, plan)
+    replacements = [
+        replacement
+        for name, layer in plan.changes.items()
+        for replacement in _prepare(name, mixers[name], layer, optimizer)
+    ]
+
+    # From here on nothing can fail.
+    for item in replacements:
+        setattr(item.axis.module, item.axis.parameter, item.new)
+        if optimizer is not None:
+            replace_parameter(optimizer, item.old, item.new, item.state)
+    for name, layer in plan.changes.items():
+        mixers[name].layout.set_state_size(mixers[name].module, layer.state_size_after)
+    update_configs(mixers)
+    if ddp is not None and replacements:
+        rebuild_reducer(ddp, [item.new for item in replacements])
+    return CompressionReport(
+        layers=[_layer_report(name, layer) for name, layer in plan.layers.items()],
+        tokens=plan.tokens,
+        parameters_before=parameters_before,
+        parameters_after=_count_parameters(bare),
+        optimizer_bytes_before=bytes_before,
+        optimizer_bytes_after=optimizer_bytes(optimizer),
+    )
+
+
+def validate(plan: CompressionPlan, mixers: dict[str, Mixer]) -> None:
+    """Check that a plan fits a model's mixers.
+
+    Raises:
+        ValueError: naming the layer, what does not fit, and the bad value.
+    """
+    missing, unknown = sorted(set(mixers) - set(plan.layers)), sorted(set(plan.layers) - set(mixers))
+    if missing or unknown:
+        raise ValueError(
+            f"plan and model do not match: the plan lacks layers {missing} and has unknown layers {unknown}; the "
+            f"model's mixers are {list(mixers)}"
+        )
+    for name, layer in plan.layers.items():
+        _validate_layer(name, layer, mixers[name])
+    for names in layers_by_config(mixers):
+        sizes = {name: plan.layers[name].state_size_after for name in names}
+        if len(set(sizes.values())) > 1:
+            raise ValueError(f"layers that share one config must keep one state_size, but the plan has {sizes}")
+
+
+def _validate_layer(name: str, layer: LayerPlan, mixer: Mixer) -> None:
+    before, kept = layer.state_size_before, layer.kept
+    if mixer.state_size != before:
+        raise ValueError(f"layer {name}: the plan is for state_size {before}, but the model has {mixer.state_size}")
+    if kept.dim() != 2 or kept.shape[0] != mixer.groups or not 1 <= kept.shape[1] <= before:
+        raise ValueError(
+            f"layer {name}: kept indices have shape {tuple(kept.shape)}; expected ({mixer.groups}, r) with r in "
+            f"1..{before}"
+        )
+    if kept.min() < 0 or kept.max() >= before:
+        raise ValueError(f"layer {name}: kept indices {kept.tolist()} reach outside 0..{before - 1}")
+    if any(len(set(row)) != len(row) for row in kept.tolist()):
+        raise ValueError(f"layer {name}: kept indices {kept.tolist()} repeat a state")
+    if layer.readout is None:
+        return
+    if mixer.layout.readout_axis(mixer.module) is None:
+        raise ValueError(f"layer {name}: the plan refits the readout, which {mixer.layout.NAME} mixers do not allow")
+    if tuple(layer.readout.shape) != (kept.shape[1], before):
+        raise ValueError(
+            f"layer {name}: the readout matrix has shape {tuple(layer.readout.shape)}; "
+            f"expected {(kept.shape[1], before)}"
+        )
+    if not torch.isfinite(layer.readout).all():
+        raise ValueError(f"layer {name}: the readout matrix holds NaN or infinity")
+
+
+@torch.no_grad()
+def _prepare(name: str, mixer: Mixer, layer: LayerPlan, optimizer: Optimizer | None) -> list[_Replacement]:
+    """The new parameters of one layer and their optimizer state; nothing is touched."""
+    readout = mixer.layout.readout_axis(mixer.module) if layer.readout is not None else None
+    replacements = []
+    for axis in mixer.layout.state_axes(mixer.module):
+        old, label = axis.tensor, f"{name}: {axis.parameter} of {type(axis.module).__name__}"
+        if type(old.data) is not torch.Tensor or not old.is_floating_point():
+            raise TypeError(
+                f"layer {label} is a {type(old.data).__name__} of {old.dtype}, not a plain floating-point tensor; "
+                "cut the model before it is quantized"
+            )
+        index = axis.index(layer.kept, layer.state_size_before)
+        values = old.detach().index_select(axis.dim, index.to(old.device))
+        if readout is not None and axis == readout[0]:
+            _, block = readout
+            rows = old.detach().narrow(
+                axis.dim, axis.block(block, layer.state_size_before).start, layer.state_size_before
+            )
+            new_rows = layer.readout.double() @ rows.double().cpu()
+            values[axis.block(block, layer.state_size_after)] = new_rows.to(values)
+        state = None
+        if optimizer is not None:
+            state = sliced_state(optimizer, old, label, axis.dim, index)
+            check_state_shapes(label, values, state or {})
+        replacements.append(_Replacement(axis, old, like(old, values, axis.dim, index), state))
+    for item in replacements:
+        check_hooks(item.old, f"{name}: {item.axis.parameter}")
+    return replacements
+
+
+def like(
+    old: nn.Parameter, values: torch.Tensor, dim: int | None = None, index: torch.Tensor | None = None
+) -> nn.Parameter:
+    """A parameter with new values and everything else of the old one: whether it trains, its marks, its gradient."""
+    new = nn.Parameter(values, requires_grad=old.requires_grad)
+    new.__dict__.update(old.__dict__)
+    if old.grad is not None and index is not None:
+        new.grad = old.grad.index_select(dim, index.to(old.device))
+    return new
+
+
+def check_hooks(parameter: nn.Parameter, label: str) -> None:
+    """Raise if a parameter has gradient hooks: they would be lost with it."""
+    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+        raise RuntimeError(
+            f"layer {label} has gradient hooks, which a new parameter would lose; remove them before the cut and "
+            "register them again after it"
+        )
+
+
+def _refuse_shared_parameters(model: nn.Module, mixers: dict[str, Mixer], plan: CompressionPlan) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for own_name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(f"{name}.{own_name}")
+    for layer in plan.changes:
+        for axis in mixers[layer].layout.state_axes(mixers[layer].module):
+            shared = owners[id(axis.tensor)]
+            if len(shared) > 1:
+                raise RuntimeError(f"layer {layer}: one parameter has several owners ({', '.join(shared)}); untie it")
+
+
+def update_configs(mixers: dict[str, Mixer]) -> None:
+    """Write the mixers' state size into the configs that rule them, so that checkpoints load."""
+    for names in layers_by_config(mixers):
+        mixer = mixers[names[0]]
+        if mixer.config is None:
+            continue
+        field = mixer.architecture.state_size_field
+        before = getattr(mixer.config, field, None)
+        if before != mixer.state_size:
+            setattr(mixer.config, field, mixer.state_size)
+            logger.info(f"{type(mixer.config).__name__}.{field}: {before} -> {mixer.state_size}")
+
+
+def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    """Check that an optimizer updates only parameters that the model has, with moments of their shapes.
+
+    Raises:
+        RuntimeError: it holds a parameter that the model no longer has (the layer would silently be frozen), or a
+            moment whose shape does not fit.
+    """
+    optimizer = unwrap_optimizer(optimizer)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in names:
+                raise RuntimeError(
+                    f"the optimizer updates a parameter of shape {tuple(parameter.shape)} that is not the model's; "
+                    "build the optimizer after the model was resized"
+                )
+            check_state_shapes(names[id(parameter)], parameter, optimizer.state.get(parameter) or {})
+
+
+def check_state_shapes(name: str, parameter: torch.Tensor, state: dict[str, Any]) -> None:
+    """Raise a RuntimeError if a moment does not fit its parameter; fused optimizers would not notice."""
+    for key, value in state.items():
+        if not isinstance(value, torch.Tensor) or value.numel() == 1 or value.dim() != parameter.dim():
+            continue
+        if any(size not in (1, whole) for size, whole in zip(value.shape, parameter.shape, strict=True)):
+            raise RuntimeError(
+                f"optimizer state {key!r} of {name} has shape {tuple(value.shape)}, but the parameter has "
+                f"{tuple(parameter.shape)}"
+            )
+
+
+def optimizer_bytes(optimizer: Optimizer | None) -> int:
+    """The size of an optimizer's state tensors, in bytes."""
+    if optimizer is None:
+        return 0
+    states = unwrap_optimizer(optimizer).state.values()
+    return sum(value.nbytes for state in states for value in state.values() if isinstance(value, torch.Tensor))
+
+
+def _count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _layer_report(name: str, layer: LayerPlan) -> LayerReport:
+    changed = layer.state_size_after < layer.state_size_before
+    return LayerReport(
+        name=name,
+        mixer_class=layer.mixer_class,
+        status="cut" if changed else "unchanged",
+        state_size_before=layer.state_size_before,
+        state_size_after=layer.state_size_after,
+        criterion=layer.criterion,
+        refit=layer.refit,
+        relative_error=layer.relative_error,
+        kept=layer.kept.tolist(),
+    )
