@@ -46,7 +46,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             raise TypeError(f"config must be a CompreSSMConfig or its dictionary, got {type(config).__name__}")
         self.config = CompreSSMConfig.from_dict(config) if isinstance(config, dict) else config
         self.history: list[dict[str, Any]] = []
-        # Where the schedule stands, and what a pragmatic cut will be compared with: with the history, all of the state.
+        # Where the schedule stands, and what a pragmatic cut will be compared with.
         self.progress: dict[str, Any] = {}
         self.compressor: Compressor | None = None
         self._trainer: Trainer | None = None

@@ -64,8 +64,8 @@ class CompreSSMConfig:
     )
     schedule: str | list[int | float] = _option(
         "one_cut",
-        "When to cut: `one_cut` (at a fifth of training, never during warm-up), `compressm` (four attempts in the first "
-        "tenth, as published), or a list of steps (int) and fractions of training (float).",
+        "When to cut: `one_cut` (at a fifth of training, never during warm-up), `compressm` (four attempts in the "
+        "first tenth, as published), or a list of steps (int) and fractions of training (float).",
     )
     multiple_of: int = _option(1, "Round the number of kept states up to a multiple of this.")
     max_kept_fraction: float = _option(

@@ -326,7 +326,8 @@ def _check_statistics(mixers: dict[str, Mixer], statistics: dict[str, StateStati
     missing, unknown = sorted(set(mixers) - set(statistics)), sorted(set(statistics) - set(mixers))
     if missing or unknown:
         raise ValueError(
-            f"statistics and model do not match: no statistics for layers {missing}, no layers for statistics {unknown}"
+            f"statistics and model do not match: layers without statistics {missing}, statistics without a layer "
+            f"{unknown}"
         )
     for name, layer in statistics.items():
         mixer = mixers[name]

@@ -114,7 +114,7 @@ class StateStatistics:
         self.inputs.append((hidden_states.detach().cpu(), host_mask))
 
     def _add_states(self, states: torch.Tensor, C: torch.Tensor, inputs: Any, start: int) -> None:
-        """Add a chunk of states, shape (steps, batch, groups, channels, N), read out by C (steps, batch, groups, N)."""
+        """Add states of shape (steps, batch, groups, channels, N), read out by C (steps, batch, groups, N)."""
         y = (states @ C[..., None]).squeeze(-1)
         root = inputs.weight(y, start).sqrt()
         weighted = (states * root[..., None]).flatten(0, 1)

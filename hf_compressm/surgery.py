@@ -1,4 +1,4 @@
-"""Apply a plan to a model and its optimizer, in place. Everything is prepared and checked before anything is touched."""
+"""Apply a plan to a model and its optimizer, in place; all is prepared and checked before anything is touched."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class _Replacement:
 def compress_(model: nn.Module, plan: CompressionPlan, optimizer: Optimizer | None = None) -> CompressionReport:
     """Cut states out of a model, in place, and carry the optimizer's state along.
 
-    Parameters are replaced by smaller ones, the optimizer's moments are sliced, the config's state size is updated, and
-    a DDP wrapper's reducer is rebuilt. Call it where no gradients are alive, such as after `optimizer.zero_grad()`.
+    Parameters are replaced by smaller ones, the optimizer's moments are sliced, the config's state size is updated,
+    and a DDP wrapper's reducer is rebuilt. Call it where no gradients are alive, such as after `optimizer.zero_grad()`.
 
     Args:
         model: a model, bare or as torch.compile, DDP or Accelerate wrapped it. Under DDP, all processes must call this
@@ -155,33 +155,28 @@ def _prepare(name: str, mixer: Mixer, layer: LayerPlan, optimizer: Optimizer | N
         values = old.detach().index_select(axis.dim, index.to(old.device))
         if readout is not None and axis == readout[0]:
             _, block = readout
-            rows = old.detach().narrow(
-                axis.dim, axis.block(block, layer.state_size_before).start, layer.state_size_before
-            )
-            new_rows = layer.readout.double() @ rows.double().cpu()
-            values[axis.block(block, layer.state_size_after)] = new_rows.to(values)
+            rows = old.detach()[axis.block(block, layer.state_size_before)].double().cpu()
+            values[axis.block(block, layer.state_size_after)] = (layer.readout.double() @ rows).to(values)
         state = None
         if optimizer is not None:
             state = sliced_state(optimizer, old, label, axis.dim, index)
             check_state_shapes(label, values, state or {})
-        replacements.append(_Replacement(axis, old, like(old, values, axis.dim, index), state))
+        replacements.append(_Replacement(axis, old, _like(old, values, axis.dim, index), state))
     for item in replacements:
-        check_hooks(item.old, f"{name}: {item.axis.parameter}")
+        _refuse_hooks(item.old, f"{name}: {item.axis.parameter}")
     return replacements
 
 
-def like(
-    old: nn.Parameter, values: torch.Tensor, dim: int | None = None, index: torch.Tensor | None = None
-) -> nn.Parameter:
+def _like(old: nn.Parameter, values: torch.Tensor, dim: int, index: torch.Tensor) -> nn.Parameter:
     """A parameter with new values and everything else of the old one: whether it trains, its marks, its gradient."""
     new = nn.Parameter(values, requires_grad=old.requires_grad)
     new.__dict__.update(old.__dict__)
-    if old.grad is not None and index is not None:
+    if old.grad is not None:
         new.grad = old.grad.index_select(dim, index.to(old.device))
     return new
 
 
-def check_hooks(parameter: nn.Parameter, label: str) -> None:
+def _refuse_hooks(parameter: nn.Parameter, label: str) -> None:
     """Raise if a parameter has gradient hooks: they would be lost with it."""
     if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
         raise RuntimeError(

@@ -57,9 +57,9 @@ def refuse_sharding(model: nn.Module) -> None:
 
 def sharding_message(wrapper: str) -> str:
     return (
-        f"{wrapper} shards or flattens parameters, so a state cannot be cut out of them in process. The way out: save a "
-        "full checkpoint at this step, load it in one process with from_pretrained, cut it with hf_compressm.compress, "
-        "save it, and go on from there; or train with DDP, which is supported"
+        f"{wrapper} shards or flattens parameters, so a state cannot be cut out of them in process. The way out: save "
+        "a full checkpoint at this step, load it in one process with from_pretrained, cut it with "
+        "hf_compressm.compress, save it, and go on from there; or train with DDP, which is supported"
     )
 
 

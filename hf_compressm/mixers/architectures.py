@@ -82,8 +82,8 @@ def find_mixers(model: nn.Module) -> dict[str, Mixer]:
             mixers[name] = Mixer(name, module, architecture, config)
         elif hasattr(module, "ssm_state_size") or "A_log" in dict(module.named_parameters(recurse=False)):
             raise TypeError(
-                f"layer {name or '(the model itself)'}: {type(module).__name__} carries a state, but is not supported; "
-                f"supported mixers: {', '.join(ARCHITECTURES)}"
+                f"layer {name or '(the model itself)'}: {type(module).__name__} carries a state, but is not "
+                f"supported; supported mixers: {', '.join(ARCHITECTURES)}"
             )
     if not mixers:
         raise ValueError(

@@ -1,9 +1,9 @@
 """The Mamba-2 layout: A is one number per head, B_t and C_t pass a convolution and an activation, in groups of heads.
 
 Shapes: I = intermediate_size, G = n_groups, H = num_heads, N = ssm_state_size. The rows of `in_proj` are
-[z: I | x: I | B: G N | C: G N | Δ: H], the channels of `conv1d` are [x: I | B: G N | C: G N]. B and C pass SiLU behind
-the convolution, so only a selection of states folds into a stock model, the same number in every group. The rows of the
-convolution's weight and bias go with the rows of in_proj, since SiLU(bias) is not zero.
+[z: I | x: I | B: G N | C: G N | Δ: H], the channels of `conv1d` are [x: I | B: G N | C: G N]. B and C pass SiLU
+behind the convolution, so only a selection of states folds into a stock model, the same number in every group. The
+rows of the convolution's weight and bias go with the rows of in_proj, since SiLU(bias) is not zero.
 """
 
 from __future__ import annotations
