@@ -19,6 +19,7 @@ class LayerReport:
     refit: str
     relative_error: float
     kept: list[list[int]]
+    error_curve: list[float]
 
 
 @dataclass

@@ -33,7 +33,7 @@ def compress_(model: nn.Module, plan: CompressionPlan, optimizer: Optimizer | No
     """Cut states out of a model, in place, and carry the optimizer's state along.
 
     Parameters are replaced by smaller ones, the optimizer's moments are sliced, the config's state size is updated,
-    and a DDP wrapper's reducer is rebuilt. Call it where no gradients are alive, such as after `optimizer.zero_grad()`.
+    and a DDP wrapper's reducer is rebuilt. Call it where no gradients are alive: after `optimizer.zero_grad()`.
 
     Args:
         model: a model, bare or as torch.compile, DDP or Accelerate wrapped it. Under DDP, all processes must call this
@@ -265,4 +265,5 @@ def _layer_report(name: str, layer: LayerPlan) -> LayerReport:
         refit=layer.refit,
         relative_error=layer.relative_error,
         kept=layer.kept.tolist(),
+        error_curve=layer.error_curve,
     )

@@ -1,0 +1,51 @@
+# Two commands do everything on a fresh machine with Python and make: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+
+# glibc gives large blocks back to the kernel at once; getting them again costs more than the arithmetic on a CPU.
+MALLOC := MALLOC_MMAP_THRESHOLD_=34359738368 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=67108864
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-distributed lint format bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
+
+demo: $(VENV)/.ready  ## train a Mamba on digits, shrink its state from 128 to 12 on the way, write runs/demo/ (minutes)
+	$(MALLOC) $(RUN) recipes/digits.py
+
+test: $(VENV)/.ready  ## run all tests
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
+
+test-distributed: $(VENV)/.ready  ## run the tests that start several processes
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m distributed
+
+lint: $(VENV)/.ready  ## check style
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(VENV)/.ready  ## put the code into style
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(VENV)/.ready  ## measure step times, the cost of a cut and its memory; writes recipes/bench/results/
+	$(MALLOC) $(RUN) -m recipes.bench.speed
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# A Linux machine without an NVIDIA driver gets torch's CPU build from its own index, where that can be reached: the
+# default index would add gigabytes of CUDA.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, not " + sys.version if sys.version_info < (3, 10) else 0)'
+	@echo "setting up $(VENV) (about a minute and 2 GB) ..."
+	@$(PYTHON) -m venv $(VENV)
+	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && \
+	    $(RUN) -c "import urllib.request as r; r.urlopen('$(TORCH_CPU_INDEX)/torch/', timeout=5)" 2>/dev/null; then \
+	    $(RUN) -m pip install --quiet --index-url $(TORCH_CPU_INDEX) --constraint constraints.txt torch; fi
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
