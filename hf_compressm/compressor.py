@@ -109,6 +109,7 @@ class Compressor:
         self.stopped = config.state_size is not None and any(entry["status"] == "cut" for entry in self.history)
         if not self.stopped:
             self._check_target()
+        self._warn_of_untrained_states()
         self._done_until = 0
         self._announced_wait = False
         self._optimizer_checked = False
@@ -216,9 +217,9 @@ class Compressor:
         update_configs(mixers)
         self.model.load_state_dict(snapshot["model"])
         if self.optimizer is not None:
-            # The learning rate has moved on with the schedule; only the moments go back.
-            groups = self.optimizer.state_dict()["param_groups"]
-            self.optimizer.load_state_dict({"state": snapshot["optimizer"]["state"], "param_groups": groups})
+            # Only the moments go back: the learning rate has moved on with the schedule.
+            for parameter, state in zip(_parameters(self.optimizer), snapshot["optimizer"], strict=True):
+                self.optimizer.state[parameter] = {key: _from_host(value) for key, value in state.items()}
             check_optimizer(self.model, self.optimizer)
         self.repair_wrapper()
         self.state_size = max(snapshot["state_sizes"].values())
@@ -269,6 +270,19 @@ class Compressor:
                         f"choose 1..{mixer.state_size - 1}"
                     )
 
+    def _warn_of_untrained_states(self) -> None:
+        """An optimizer that was built before the model was resized would silently leave layers as they are."""
+        if self.optimizer is None:
+            return
+        held = {id(parameter) for parameter in _parameters(self.optimizer)}
+        for name, mixer in find_mixers(self.model).items():
+            for axis in mixer.layout.state_axes(mixer.module):
+                if axis.tensor.requires_grad and id(axis.tensor) not in held:
+                    logger.warning(
+                        f"layer {name}: {axis.parameter} of {type(axis.module).__name__} requires gradients, but the "
+                        "optimizer does not update it; if that is not meant, build the optimizer anew"
+                    )
+
     def _plan(self, statistics: dict, remaining: int) -> CompressionPlan:
         config = self.config
         if is_whole(config.state_size) and remaining > 1:
@@ -305,8 +319,12 @@ class Compressor:
     def _take_snapshot(self) -> dict[str, Any]:
         return {
             "state_sizes": {name: mixer.state_size for name, mixer in find_mixers(self.model).items()},
-            "model": _to_host(self.model.state_dict()),
-            "optimizer": None if self.optimizer is None else _to_host(self.optimizer.state_dict()),
+            "model": {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()},
+            "optimizer": self.optimizer
+            and [
+                {key: _to_host(value) for key, value in self.optimizer.state.get(parameter, {}).items()}
+                for parameter in _parameters(self.optimizer)
+            ],
         }
 
     def _skip(self, reason: str, scheduled: int) -> None:
@@ -336,12 +354,12 @@ class Compressor:
         """Refuse an optimizer that cannot be carried at the first step that it has state, not hours later."""
         if self._optimizer_checked or self.optimizer is None:
             return
+        self._optimizer_checked = True
         first = torch.zeros(1, dtype=torch.int64)
         for name, mixer in find_mixers(self.model).items():
             for axis in mixer.layout.state_axes(mixer.module):
                 label = f"{name}: {axis.parameter}"
-                state = sliced_state(self.optimizer, axis.tensor, label, axis.dim, first)
-                self._optimizer_checked = self._optimizer_checked or state is not None
+                sliced_state(self.optimizer, axis.tensor, label, axis.dim, first)
 
     def _follow_resize(self, pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
         """Weights of another size were loaded: the optimizer takes the new parameters, without moments."""
@@ -365,11 +383,17 @@ def _mean_over_processes(value: torch.Tensor | None) -> float | None:
     return float(sum_over_processes(value.detach().float().clone())) / world_size()
 
 
-def _to_host(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _to_host(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_to_host(item) for item in value)
-    return value
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _to_host(value: Any) -> tuple[torch.device | None, Any]:
+    """A copy of an optimizer's state entry on the host, and the device it came from."""
+    if not isinstance(value, torch.Tensor):
+        return None, value
+    return value.device, value.detach().to("cpu", copy=True)
+
+
+def _from_host(entry: tuple[torch.device | None, Any]) -> Any:
+    device, value = entry
+    return value if device is None else value.to(device)

@@ -88,13 +88,19 @@ def mean_lti_gramians(statistics: StateStatistics) -> tuple[torch.Tensor, torch.
     delta = statistics.delta_sum.double().cpu() / tokens
     B, C = statistics.B_sum.double().cpu() / tokens, statistics.C_sum.double().cpu() / tokens
     rates = statistics.A.double().cpu().expand(-1, -1, statistics.state_size)
-    P, Q = [], []
-    for group in range(statistics.groups):
-        exponent = delta[group, :, None] * rates[group]
-        inverse_gap = -1 / torch.expm1(exponent[:, :, None] + exponent[:, None, :])
-        P.append((delta[group].square()[:, None, None] * inverse_gap).mean(0) * torch.outer(B[group], B[group]))
-        Q.append(inverse_gap.mean(0) * torch.outer(C[group], C[group]))
-    return torch.stack(P), torch.stack(Q)
+    P = torch.einsum("gm,gn->gmn", B, B)
+    Q = torch.einsum("gm,gn->gmn", C, C)
+    for group, (group_delta, group_rates) in enumerate(zip(delta, rates, strict=True)):
+        mean_gap, mean_driven_gap = torch.zeros_like(P[group]), torch.zeros_like(P[group])
+        # Channel by channel: all at once would be (channels, N, N).
+        for channel_delta, channel_rates in zip(group_delta, group_rates, strict=True):
+            exponent = channel_delta * channel_rates
+            inverse_gap = -1 / torch.expm1(exponent[:, None] + exponent[None, :])
+            mean_gap += inverse_gap / len(group_delta)
+            mean_driven_gap += channel_delta.square() * inverse_gap / len(group_delta)
+        P[group] *= mean_driven_gap
+        Q[group] *= mean_gap
+    return P, Q
 
 
 def hankel_singular_values(statistics: StateStatistics) -> torch.Tensor:

@@ -21,7 +21,7 @@ def compress(
     """Measure, plan and cut: `measure`, `plan_compression` and `compress_` in one call.
 
     Args:
-        model: the bare model; it is changed in place.
+        model: the model, bare or wrapped; it is changed in place.
         batches: calibration inputs, as `measure` takes them.
         config: what to keep; its schedule plays no part.
         optimizer: the optimizer that trains the model, if there is one.

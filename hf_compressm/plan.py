@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from .config import CompreSSMConfig
 from .criteria import CRITERIA
+from .distributed.ddp import unwrap
 from .elimination import eliminate
 from .mixers import Mixer, find_mixers
 from .ranks import choose_state_size
@@ -218,7 +219,7 @@ def plan_compression(
     The model is only read.
 
     Args:
-        model: the bare model that the statistics were measured on.
+        model: the model that the statistics were measured on.
         statistics: from `measure`, with the recorded inputs.
         config: the rules.
         across_processes: refit on the inputs of all processes; all of them must call this.
@@ -232,7 +233,7 @@ def plan_compression(
         ValueError: statistics of other layers than the model has, or a target that is not below N.
         TypeError: an unsupported mixer.
     """
-    mixers = find_mixers(model)
+    mixers = find_mixers(unwrap(model)[0])
     _check_statistics(mixers, statistics)
     ranked = {name: _rank(mixers[name], layer, config) for name, layer in statistics.items()}
     sizes: dict[str, int] = {}

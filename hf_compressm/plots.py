@@ -8,7 +8,7 @@ from typing import Any
 
 
 def plot_error_curves(cut: Mapping[str, Any], path: str | Path) -> None:
-    """Draw the expected relative error of each layer against the number of states kept, with the number chosen.
+    """Draw each layer's expected error against the number of states kept, with the number chosen and its real error.
 
     Args:
         cut: an entry of a history (of a Compressor, a callback or `compressm.json`) with status `cut`.
@@ -26,10 +26,12 @@ def plot_error_curves(cut: Mapping[str, Any], path: str | Path) -> None:
     colors = colormaps["viridis"].resampled(max(2, len(layers) + 1))
     floor = min(value for layer in layers for value in layer["error_curve"] if value > 0) / 2
     for number, layer in enumerate(layers):
-        curve = [max(value, floor) for value in layer["error_curve"]]
+        curve = [max(value, floor) for value in layer["error_curve"][:-1]]
         axes.plot(range(len(curve)), curve, color=colors(number), label=layer["name"])
-        kept = layer["state_size_after"]
-        axes.plot(kept, curve[kept], "o", color=colors(number))
+        measured = "measured" if number == len(layers) - 1 else None
+        axes.plot(
+            layer["state_size_after"], max(layer["relative_error"], floor), "x", color=colors(number), label=measured
+        )
     before, after = layers[0]["state_size_before"], layers[0]["state_size_after"]
     axes.axvline(after, color="gray", linestyle=":", label=f"kept: {after} of {before}")
     axes.set(

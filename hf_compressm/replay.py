@@ -37,7 +37,11 @@ class InputRecorder:
         by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         parameters = inspect.signature(model.forward).parameters.values()
         self._names = [parameter.name for parameter in parameters if parameter.kind in by_position]
-        self._handle = model.register_forward_pre_hook(self._record, with_kwargs=True)
+        record = self._record
+        if _compiler_is_loaded():
+            # A traced hook would be compiled anew for every number of batches kept, up to the recompile limit.
+            record = torch.compiler.disable(record)
+        self._handle = model.register_forward_pre_hook(record, with_kwargs=True)
 
     def _record(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if not model.training or not torch.is_grad_enabled():
@@ -101,8 +105,12 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def _without_compiled_code() -> contextlib.AbstractContextManager:
+    return torch.compiler.set_stance("force_eager") if _compiler_is_loaded() else contextlib.nullcontext()
+
+
+def _compiler_is_loaded() -> bool:
     # Importing torch's compiler takes seconds; where nobody has, nothing is compiled.
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    return "torch._dynamo" in sys.modules
 
 
 def replay(model: nn.Module, batch: Any, *, logits: bool) -> Any:

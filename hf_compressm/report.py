@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+# The table shows the layers with the largest errors.
+SHOWN_LAYERS = 8
+
 
 @dataclass
 class LayerReport:
@@ -84,12 +87,16 @@ class CompressionReport:
         return {f"compressm/{name}": value for name, value in values.items() if value is not None}
 
     def __str__(self) -> str:
-        width = max(len(layer.name) for layer in self.layers)
+        worst = sorted(self.layers, key=lambda layer: layer.relative_error, reverse=True)[:SHOWN_LAYERS]
+        shown = [layer for layer in self.layers if layer in worst]
+        width = max(len(layer.name) for layer in shown)
         lines = [f"{'layer':{width}}  {'N':>9}  {'relative error':>14}  criterion, refit"]
-        for layer in self.layers:
+        for layer in shown:
             sizes = f"{layer.state_size_before} → {layer.state_size_after}"
             how = f"{layer.criterion}, {layer.refit}" if layer.status == "cut" else "unchanged"
             lines.append(f"{layer.name:{width}}  {sizes:>9}  {layer.relative_error:14.4f}  {how}")
+        if len(shown) < len(self.layers):
+            lines.append(f"and {len(self.layers) - len(shown)} more layers with smaller errors")
         total = f"{self.parameters_before:,} → {self.parameters_after:,} parameters, decided on {self.tokens:,} tokens"
         if self.seconds:
             total += f", {sum(self.seconds.values()):.2f} s"

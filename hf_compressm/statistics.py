@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .distributed.collectives import is_main_process, sum_over_processes
+from .distributed.ddp import unwrap
 from .mixers import Mixer, find_mixers, stream_states
 from .replay import evaluation_mode, replay
 
@@ -142,7 +143,7 @@ def measure(
     The model runs in eval mode and without gradients; its modes are put back. Labels are not needed.
 
     Args:
-        model: the bare model (not wrapped in DDP).
+        model: the model, bare or as torch.compile or DDP wrapped it.
         batches: dictionaries of keyword arguments, tuples of positional ones, or tensors of input ids.
         across_processes: sum the statistics over all processes of torch.distributed; all of them must call this.
         show_progress: show a progress bar on the main process.
@@ -161,6 +162,7 @@ def measure(
         >>> statistics["backbone.layers.0.mixer"].tokens.item()
         12.0
     """
+    model, _ = unwrap(model)
     mixers = find_mixers(model)
     statistics = {name: StateStatistics.empty(mixer) for name, mixer in mixers.items()}
     with _observed(mixers, statistics), evaluation_mode(model):
