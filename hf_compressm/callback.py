@@ -51,6 +51,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.compressor: Compressor | None = None
         self._trainer: Trainer | None = None
         self._save_postponed = False
+        # The metrics of the evaluation that was asked for before a pragmatic cut; None while none was.
+        self._answers: set[str] | None = None
 
     def state(self) -> dict[str, Any]:
         """What trainer_state.json keeps of this callback."""
@@ -78,13 +80,18 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         optimizer: Any = None,
         **kwargs: Any,
     ) -> None:
+        if self.compressor is not None:
+            # The last call of train() was interrupted.
+            self.compressor.remove()
         self._trainer = find_trainer(self)
         if self.config.pragmatic and self._trainer is not None and self._trainer.eval_dataset is None:
             raise ValueError("pragmatic=True evaluates after a cut: give the Trainer an eval_dataset")
         wrapped = self._wrapped_model(model)
-        self.progress = {}
+        self.progress, self._save_postponed, self._answers = {}, False, None
         if state.global_step > 0:
             self._resume(state)
+        # A checkpoint of a run without this callback has no place for it, and the Trainer needs one to save.
+        state.stateful_callbacks.setdefault(type(self).__name__, {})
         self.compressor = Compressor(
             self.config,
             wrapped,
@@ -101,21 +108,22 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         compressor = self.compressor
-        if self.config.pragmatic:
-            if compressor.can_take_back:
-                return self._await_verdict(state, control)
-            if self._baseline_missing(state):
-                control.should_evaluate = True
-                if state.global_step >= compressor.pending[0]:
-                    # Cut one step later, when the value to compare with is known.
-                    return control
+        if compressor.can_take_back:
+            return self._await_verdict(args, state, control)
+        if self.config.pragmatic and self._baseline_missing(state):
+            self._ask_for_baseline(args, control)
+            if state.global_step >= compressor.pending[0]:
+                # Cut one step later, when the value to compare with is known.
+                return control
         report = compressor.step(state.global_step)
         if report is not None:
             self._announce(report, state)
-            if compressor.can_take_back:
-                self._save_postponed = control.should_save
-                control.should_save = False
-        return control
+        return self._await_verdict(args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        return self._await_verdict(args, state, control)
 
     def on_evaluate(
         self,
@@ -129,17 +137,21 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if compressor is None or not self.config.pragmatic:
             return control
         name, greater_is_better = self._metric(args)
+        if self._answers is not None:
+            self._answers |= set(metrics or {})
         if name not in (metrics or {}):
-            raise ValueError(f"pragmatic_metric {name!r} is not among the evaluation's {sorted(metrics or {})}")
+            # One of several evaluation sets, or an evaluation that somebody else asked for.
+            return control
         if compressor.can_take_back:
             if state.global_step < self.history[-1]["step"] + self.config.pragmatic_steps:
                 return control
             self._judge(name, metrics[name], greater_is_better, state)
-            control.should_save = control.should_save or self._save_postponed
+            control.should_save = control.should_save or self._save_postponed or args.load_best_model_at_end
             self._save_postponed = False
         elif compressor.pending:
             self.progress["baseline"] = metrics[name]
             self.progress["baseline_step"] = state.global_step
+            self._answers = None
         return control
 
     def on_save(
@@ -159,11 +171,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if compressor is None:
             return
         if compressor.can_take_back:
-            logger.warning("training ended before the last cut was evaluated; it stays")
-            compressor.keep()
+            self._keep_unevaluated()
         self.progress = {}
         # load_best_model_at_end may have brought back weights of another size.
-        compressor.repair_wrapper()
+        compressor.follow_loaded_weights()
         compressor.remove()
         self.compressor = None
         if self._was_cut and args.should_save:
@@ -206,7 +217,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     def _log(self, metrics: dict[str, float], state: TrainerState) -> None:
         if self._trainer is not None:
+            # Whoever logs takes the Trainer's own log of this step off the list.
+            control = self._trainer.control
+            should_log = control.should_log
             self._trainer.log(dict(metrics))
+            control.should_log = should_log
         else:
             state.log_history.append({**metrics, "step": state.global_step})
 
@@ -224,20 +239,42 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         measured_at = self.progress.get("baseline_step", -self.config.pragmatic_steps - 1)
         return soon_due and state.global_step - measured_at > self.config.pragmatic_steps
 
-    def _await_verdict(self, state: TrainerState, control: TrainerControl) -> TrainerControl:
+    def _ask_for_baseline(self, args: TrainingArguments, control: TrainerControl) -> None:
+        if self._answers is not None:
+            name, _ = self._metric(args)
+            raise ValueError(f"pragmatic_metric {name!r} is not among the evaluation's {sorted(self._answers)}")
+        self._answers = set()
+        control.should_evaluate = True
+        # The Trainer remembers the best metric, so the weights that have it must be saved.
+        control.should_save = control.should_save or args.load_best_model_at_end
+
+    def _await_verdict(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> TrainerControl:
         """Between a pragmatic cut and its evaluation nothing is saved: a resume could not take the cut back."""
+        if not self.compressor.can_take_back:
+            return control
         self._save_postponed = self._save_postponed or control.should_save
         control.should_save = False
+        if args.metric_for_best_model is not None:
+            # The Trainer would remember the metric of weights that are not saved and may be taken back.
+            control.should_evaluate = False
         if state.global_step >= self.history[-1]["step"] + self.config.pragmatic_steps:
             control.should_evaluate = True
+        elif control.should_training_stop:
+            self._keep_unevaluated()
+            control.should_save, self._save_postponed = self._save_postponed, False
         return control
+
+    def _keep_unevaluated(self) -> None:
+        logger.warning(f"training ends before the cut at step {self.history[-1]['step']} is evaluated; it stays")
+        self.compressor.keep()
 
     def _judge(self, name: str, value: float, greater_is_better: bool, state: TrainerState) -> None:
         baseline = self.progress["baseline"]
         worse_by = (baseline - value if greater_is_better else value - baseline) / max(abs(baseline), 1e-12)
         verdict = f"{name} {baseline:.4f} before the cut, {value:.4f} after {self.config.pragmatic_steps} steps"
         self.history[-1] |= {"metric": name, "metric_before": baseline, "metric_after": value}
-        if worse_by > self.config.pragmatic_tolerance:
+        # Not a number is worse than any.
+        if not worse_by <= self.config.pragmatic_tolerance:
             self.compressor.take_back()
             logger.warning(
                 f"the cut at step {self.history[-1]['step']} is taken back, and none will follow: {verdict}"

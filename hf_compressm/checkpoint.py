@@ -137,10 +137,12 @@ def read_record(directory: str | Path) -> list[dict[str, Any]]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         version, cuts = content["format_version"], content["cuts"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"{file} is not a record of cuts ({type(error).__name__}: {error})") from error
     if version != RECORD_VERSION:
         raise ValueError(f"{file}: record format {version!r}, but this version reads {RECORD_VERSION}")
+    if not isinstance(cuts, list) or not all(isinstance(cut, dict) and "status" in cut for cut in cuts):
+        raise ValueError(f"{file} is not a record of cuts: {RECORD_FILE} lists cuts, each with its status")
     return cuts
 
 
@@ -160,13 +162,17 @@ def save_inputs(batches: Iterable[dict[str, Any]], directory: str | Path, rank: 
 
 
 def load_inputs(directory: str | Path, rank: int) -> list[dict[str, Any]] | None:
-    """The inputs that `save_inputs` wrote there, or None."""
+    """The inputs that `save_inputs` wrote there, or None; also if the process was killed while it wrote them."""
     file = Path(directory) / INPUTS_FILE.format(rank=rank)
     if not file.is_file():
         return None
-    with safetensors.safe_open(file, "pt") as content:
-        batches = json.loads(content.metadata()["plain"])
-        for name in content.keys():  # noqa: SIM118 (not a dictionary)
-            number, key = name.split(".", 1)
-            batches[int(number)][key] = content.get_tensor(name)
+    try:
+        with safetensors.safe_open(file, "pt") as content:
+            batches = json.loads(content.metadata()["plain"])
+            for name in content.keys():  # noqa: SIM118 (not a dictionary)
+                number, key = name.split(".", 1)
+                batches[int(number)][key] = content.get_tensor(name)
+    except safetensors.SafetensorError as error:
+        logger.warning(f"{file} is not complete ({error}); the inputs of the next cut are gathered anew")
+        return None
     return batches

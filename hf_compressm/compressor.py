@@ -116,7 +116,7 @@ class Compressor:
         self._snapshot: dict[str, Any] | None = None
         self.recorder = InputRecorder(self.model, self.wanted_tokens)
         resize_while_loading(self.model, self._follow_resize)
-        self.repair_wrapper()
+        self._repair_wrapper()
 
     @property
     def pending(self) -> list[int]:
@@ -221,7 +221,7 @@ class Compressor:
             for parameter, state in zip(_parameters(self.optimizer), snapshot["optimizer"], strict=True):
                 self.optimizer.state[parameter] = {key: _from_host(value) for key, value in state.items()}
             check_optimizer(self.model, self.optimizer)
-        self.repair_wrapper()
+        self._repair_wrapper()
         self.state_size = max(snapshot["state_sizes"].values())
         self.history[-1]["status"] = "taken back"
         self.stopped = True
@@ -241,22 +241,35 @@ class Compressor:
             "global_step": self.global_step,
             "done_until": self._done_until,
             "stopped": self.stopped,
+            "recording": self.recorder.active,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where the run that `state_dict` describes stopped."""
+        """Go on where the run that `state_dict` describes stopped; load the weights first, on every process."""
         self.history, self.global_step = state["history"], state["global_step"]
         self._done_until, self.stopped = state["done_until"], state["stopped"]
+        self.recorder.active = state["recording"]
+        self.follow_loaded_weights()
+
+    def follow_loaded_weights(self) -> None:
+        """Call this on every process after weights of another state size were loaded into the model.
+
+        The optimizer has the new parameters by then; this makes DDP reduce them, and marks cuts of the history that
+        the weights do not have as undone.
+        """
+        self._repair_wrapper()
         self.state_size = max(mixer.state_size for mixer in find_mixers(self.model).values())
+        for entry in self.history:
+            if entry["status"] == "cut" and max(l["state_size_after"] for l in entry["layers"]) < self.state_size:
+                entry["status"] = "undone by loading"
 
     def remove(self) -> None:
         """Take every hook off the model. If a cut was made, it can still load checkpoints of either size."""
         self.recorder.remove()
-        if not any(entry["status"] == "cut" for entry in self.history):
+        if all(entry["status"] == "skipped" for entry in self.history):
             stop_resizing_while_loading(self.model)
 
-    def repair_wrapper(self) -> None:
-        """Rebuild DDP's reducer if weights of another size were loaded under it. Every process must call this."""
+    def _repair_wrapper(self) -> None:
         if self.ddp is not None and reducer_is_stale(self.ddp):
             rebuild_reducer(self.ddp, [])
 

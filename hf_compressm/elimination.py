@@ -36,8 +36,9 @@ def eliminate(
     """
     H, omega = state_gram.double().cpu(), readout_gram.double().cpu()
     size = len(H)
-    energy = (H * omega).sum().clamp_min(torch.finfo(torch.float64).tiny)
-    ridge = RIDGE * H.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    energy = (H * omega).sum()
+    # A layer that passes nothing on has H̄ = 0: any ridge will do, and no removal is an error.
+    ridge = RIDGE * (H.diagonal().mean() or 1.0)
     inverse = torch.linalg.inv(H + ridge * torch.eye(size, dtype=H.dtype))
     readout = torch.eye(size, dtype=H.dtype)
     left = torch.ones(size, dtype=torch.bool)
@@ -56,6 +57,7 @@ def eliminate(
         readout[state] = 0
         inverse[state], inverse[:, state] = 0, 0
     # The ridge makes the last sums a little too large or too small; a share of the energy lies between 0 and 1.
-    error = (increments.clamp_min(0).cumsum(0) / energy).clamp(max=1)
+    error = increments.clamp_min(0).cumsum(0)
+    error = (error / energy).clamp(max=1) if energy > 0 else torch.zeros_like(error)
     error[-1] = 1
     return removed, error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from .distributed.ddp import unwrap
 from .elimination import eliminate
 from .mixers import Mixer, find_mixers
 from .ranks import choose_state_size
-from .refit import refit_readout
+from .refit import fewest_tokens, refit_readout
 from .statistics import NonFiniteError, StateStatistics
 
 logger = logging.get_logger(__name__)
@@ -115,11 +116,7 @@ class CompressionPlan:
 
     def digest(self) -> str:
         """SHA-256 of everything in the plan: equal on all processes, and unchanged in a file."""
-        hasher = hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode())
-        for name, tensor in sorted(self.tensors().items()):
-            hasher.update(name.encode())
-            hasher.update(tensor.contiguous().numpy().tobytes())
-        return hasher.hexdigest()
+        return _digest(self.to_dict(), self.tensors())
 
     def to_bytes(self) -> bytes:
         """The whole plan as the bytes of one safetensors file."""
@@ -178,6 +175,12 @@ class CompressionPlan:
                 raise ValueError(
                     f"{where}: plan format {content['format_version']!r}, but this version reads {FORMAT_VERSION}"
                 )
+            # Of the file as it is: a later version of the config may have more keys or fewer.
+            rest = {key: value for key, value in content.items() if key != "digest"}
+            if _digest(rest, tensors) != content["digest"]:
+                raise ValueError(
+                    f"{where}: its digest does not match its content; it was edited or mixed with another plan"
+                )
             layers = {
                 name: LayerPlan(
                     mixer_class=layer["mixer_class"],
@@ -191,15 +194,17 @@ class CompressionPlan:
                 )
                 for name, layer in content["layers"].items()
             }
-            plan = cls(layers, content["tokens"], CompreSSMConfig.from_dict(content["config"]))
-            same = plan.digest() == content["digest"] and set(plan.tensors()) == set(tensors)
+            return cls(layers, content["tokens"], CompreSSMConfig.from_dict(content["config"]))
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}: not a plan, or edited ({type(error).__name__}: {error})") from error
-        if not same:
-            raise ValueError(
-                f"{where}: its digest does not match its content; it was edited or mixed with another plan"
-            )
-        return plan
+
+
+def _digest(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
+    hasher = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        hasher.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        hasher.update(tensor.contiguous().numpy().tobytes())
+    return hasher.hexdigest()
 
 
 def _json_file(path: str | Path) -> Path:
@@ -246,6 +251,12 @@ def plan_compression(
         for name, layer in statistics.items()
     }
     tokens = int(next(iter(statistics.values())).tokens)
+    needed = max(fewest_tokens(layer.state_size_after, layer.state_size_before) for layer in layers.values())
+    if tokens < needed and config.refit_steps > 0 and any(layer.refit == "mean field" for layer in layers.values()):
+        logger.warning(
+            f"only {tokens} calibration tokens: the readout is refitted in the mean field; from {math.ceil(needed)} "
+            "tokens on it would be fitted to the outputs"
+        )
     return CompressionPlan(layers, tokens, config)
 
 

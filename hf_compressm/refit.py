@@ -62,6 +62,11 @@ def mean_field_readout(state_gram: torch.Tensor, kept: torch.Tensor) -> torch.Te
     return matrix
 
 
+def fewest_tokens(kept: int, state_size: int) -> float:
+    """The fewest tokens for which r N numbers of M are fitted; with fewer, the mean field is the better guess."""
+    return kept * state_size / 4
+
+
 @torch.no_grad()
 def refit_readout(
     mixer: Mixer,
@@ -78,7 +83,7 @@ def refit_readout(
         mixer: a mixer whose layout has a readout axis; it is only read.
         statistics: of this layer, with its recorded inputs.
         kept: the states that stay, shape (r,).
-        steps: the most conjugate-gradient steps; with 0, or with fewer than r N / 4 tokens, the mean field stays.
+        steps: the most conjugate-gradient steps; with 0, or with too few tokens, the mean field stays.
         penalty: λ.
         across_processes: fit on the inputs of all processes; all of them must call this.
     """
@@ -86,18 +91,16 @@ def refit_readout(
     system = _token_systems(mixer, statistics, kept, start)
     total = sum_over_processes if across_processes else _unchanged
 
-    fit = ~system.held_back
-    if total(fit.float().sum()) == 0 or total(system.held_back.float().sum()) == 0:
-        fit = torch.ones_like(fit)
-        held_back = fit
-    else:
-        held_back = system.held_back
+    fit, held_back = ~system.held_back, system.held_back
+    # Short sequences leave nothing to hold back; nor do padded ones, whose padding has no energy.
+    if total(system.energy[fit].sum()) == 0 or total(system.energy[held_back].sum()) == 0:
+        fit = held_back = torch.ones_like(fit)
 
     energy = total(system.energy[held_back].sum())
     best_error = total(system.error[held_back].sum())
     best = torch.zeros_like(start, dtype=torch.float32, device=system.C.device)
     method = "mean field"
-    if steps > 0 and statistics.tokens >= len(kept) * statistics.state_size / 4 and best_error > 0:
+    if steps > 0 and statistics.tokens >= fewest_tokens(len(kept), statistics.state_size) and best_error > 0:
         tokens = statistics.tokens.double().cpu()
         H_SS = statistics.state_gram[0].double().cpu()[kept][:, kept]
         omega = statistics.readout_gram[0].double().cpu() / tokens
@@ -204,7 +207,8 @@ def _conjugate_gradients(
 
 
 def _with_ridge(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
-    mean = matrix.diagonal().mean().clamp_min(torch.finfo(matrix.dtype).tiny)
+    # A layer that passes nothing on has no scale of its own.
+    mean = matrix.diagonal().mean() or 1.0
     return matrix + ridge * mean * torch.eye(len(matrix), dtype=matrix.dtype)
 
 
