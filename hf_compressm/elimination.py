@@ -31,7 +31,7 @@ def eliminate(
 
     Example:
         >>> removed, error = eliminate(torch.diag(torch.tensor([1.0, 3.0])), torch.eye(2))
-        >>> removed.tolist(), error.tolist()
+        >>> removed.tolist(), error.round(decimals=4).tolist()
         ([0, 1], [0.25, 1.0])
     """
     H, omega = state_gram.double().cpu(), readout_gram.double().cpu()

@@ -45,6 +45,11 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
         optimizer = optimizer.optimizer
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise TypeError(
+            "optimizer LBFGS cannot be carried through a cut: its state is flat vectors over all parameters, and it "
+            "would go on updating the old ones"
+        )
     return optimizer
 
 
@@ -86,8 +91,8 @@ def _sliced(
         problem = f"is an unknown tensor of shape {tuple(value.shape)}"
     else:
         state_dim = _state_dim(key, value, old, dim)
-        if state_dim == "untouched":
-            return value
+        if state_dim == "averaged over":
+            return _factor_of_the_kept(key, value, optimizer.state[old], index)
         if state_dim is not None:
             return value.index_select(state_dim, index.to(value.device))
         problem = f"has shape {tuple(value.shape)}, which does not fit the parameter's {tuple(old.shape)}"
@@ -113,9 +118,28 @@ def _state_dim(key: str, value: torch.Tensor, old: torch.nn.Parameter, dim: int)
         return None
     averaged_over = last if key in ("row_var", "exp_avg_sq_row") else last - 1
     if dim == averaged_over:
-        return "untouched"
+        return "averaged over"
     keeps_dims = key in ("row_var", "col_var")
     return dim if keeps_dims or dim < averaged_over else dim - 1
+
+
+# Adafactor's second moment is row_i col_j / mean(row), the one averaged over columns and the other over rows.
+OTHER_FACTOR = {
+    "row_var": ("col_var", -1),
+    "col_var": ("row_var", -2),
+    "exp_avg_sq_row": ("exp_avg_sq_col", -1),
+    "exp_avg_sq_col": ("exp_avg_sq_row", -1),
+}
+
+
+def _factor_of_the_kept(key: str, value: torch.Tensor, state: dict[str, Any], index: torch.Tensor) -> torch.Tensor:
+    """A factor averaged over the dimension that shrinks: the average of the second moments that stay."""
+    name, dim = OTHER_FACTOR[key]
+    other = state[name]
+    mean, mean_of_kept = (
+        factor.mean(dim, keepdim=True) for factor in (other, other.index_select(dim, index.to(other.device)))
+    )
+    return torch.where(mean > 0, value * (mean_of_kept / mean), value)
 
 
 def replace_parameter(

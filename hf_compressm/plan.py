@@ -39,8 +39,7 @@ class LayerPlan:
         readout: M with C' = M C, shape (r, N), float32; None if C's rows are only selected.
         criterion: the name of the score the states were ranked by.
         refit: how the readout was found: `conjugate gradients`, `mean field` or `none`.
-        relative_error: √(Σ w (y−ŷ)² / Σ w y²) of what the layer passes on, measured on calibration tokens (on those
-            held back from the fit, where there was one).
+        relative_error: √(Σ w (y−ŷ)² / Σ w y²) of what the layer passes on, measured on the calibration tokens.
         error_curve: the expected relative error with 0, 1, …, N states kept, N + 1 numbers.
     """
 

@@ -21,8 +21,6 @@ from .statistics import StateStatistics
 
 MEAN_FIELD_RIDGE = 1e-4
 PRECONDITIONER_RIDGE = 1e-3
-# Every 8th position of a sequence is held back from the fit. It stops the iteration and measures the error.
-HOLD_BACK = 8
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,8 @@ class Readout:
 
     Attributes:
         matrix: M with C' = M C, shape (r, N), float32, on the CPU.
-        relative_error: √(Σ w (y−ŷ)² / Σ w y²) on the tokens held back from the fit.
+        relative_error: √(Σ w (y−ŷ)² / Σ w y²) on the calibration tokens. M has few numbers beside tokens × channels
+            outputs, so on fresh tokens it is about the same.
         method: `conjugate gradients` or `mean field`.
     """
 
@@ -90,47 +89,35 @@ def refit_readout(
     start = mean_field_readout(statistics.state_gram[0], kept)
     system = _token_systems(mixer, statistics, kept, start)
     total = sum_over_processes if across_processes else _unchanged
-
-    fit, held_back = ~system.held_back, system.held_back
-    # Short sequences leave nothing to hold back; nor do padded ones, whose padding has no energy.
-    if total(system.energy[fit].sum()) == 0 or total(system.energy[held_back].sum()) == 0:
-        fit = held_back = torch.ones_like(fit)
-
-    energy = total(system.energy[held_back].sum())
-    best_error = total(system.error[held_back].sum())
-    best = torch.zeros_like(start, dtype=torch.float32, device=system.C.device)
-    method = "mean field"
-    if steps > 0 and statistics.tokens >= fewest_tokens(len(kept), statistics.state_size) and best_error > 0:
+    energy, error = total(system.energy.sum()), total(system.error.sum())
+    change, method = torch.zeros_like(start), "mean field"
+    if steps > 0 and statistics.tokens >= fewest_tokens(len(kept), statistics.state_size) and error > 0:
         tokens = statistics.tokens.double().cpu()
         H_SS = statistics.state_gram[0].double().cpu()[kept][:, kept]
         omega = statistics.readout_gram[0].double().cpu() / tokens
-        for change in _conjugate_gradients(system, fit, H_SS, omega, steps, penalty, total):
-            error = total(system.error_after(change, held_back))
-            if not torch.isfinite(error) or error >= best_error:
-                break
-            best, best_error, method = change, error, "conjugate gradients"
-    matrix = start + best.double().cpu()
-    relative = (best_error.clamp_min(0) / energy.clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
-    return Readout(matrix.float(), float(relative), method)
+        fitted = _conjugate_gradients(system, H_SS, omega, steps, penalty, total)
+        fitted_error = total(system.error_after(fitted))
+        if fitted_error < error:
+            change, error, method = fitted.double().cpu(), fitted_error, "conjugate gradients"
+    relative = (error.clamp_min(0) / energy.clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
+    return Readout((start + change).float(), float(relative), method)
 
 
 @dataclass(frozen=True)
 class _TokenSystems:
-    """What the fit needs of each token: G (tokens, r, r), p (tokens, r), C (tokens, N), and per token Σ_d w e² at M₀,
-    Σ_d w y², and whether it is held back from the fit."""
+    """What the fit needs of each token: G (tokens, r, r), p (tokens, r), C (tokens, N), Σ_d w e² at M₀, Σ_d w y²."""
 
     gram: torch.Tensor
     p: torch.Tensor
     C: torch.Tensor
     error: torch.Tensor
     energy: torch.Tensor
-    held_back: torch.Tensor
 
-    def error_after(self, change: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        """Σ w (y−ŷ)² over some tokens with the readout M₀ + change."""
-        v = self.C[tokens] @ change.T
-        Gv = (self.gram[tokens] @ v[..., None]).squeeze(-1)
-        return (self.error[tokens] + ((Gv - 2 * self.p[tokens]) * v).sum(-1)).sum()
+    def error_after(self, change: torch.Tensor) -> torch.Tensor:
+        """Σ w (y−ŷ)² with the readout M₀ + change."""
+        v = self.C @ change.T
+        Gv = (self.gram @ v[..., None]).squeeze(-1)
+        return (self.error + ((Gv - 2 * self.p) * v).sum(-1)).sum()
 
 
 def _token_systems(
@@ -144,22 +131,19 @@ def _token_systems(
         with torch.autocast(device.type, enabled=False):
             inputs = mixer.layout.scan_inputs(mixer.module, hidden_states, mask)
             for first, states in stream_states(inputs):
-                steps, batch = states.shape[:2]
-                C = inputs.C[:, first : first + steps].transpose(0, 1)[:, :, 0]
+                C = inputs.C[:, first : first + states.shape[0]].transpose(0, 1)[:, :, 0]
                 states = states[:, :, 0]
                 y = (states @ C[..., None]).squeeze(-1)
                 weight = inputs.weight(y[:, :, None], first)[:, :, 0]
                 h = states.index_select(-1, kept)
                 e = y - (h @ (C @ start.T)[..., None]).squeeze(-1)
                 wh = (h * weight[..., None]).transpose(-1, -2)
-                position = torch.arange(first, first + steps, device=device)[:, None].expand(steps, batch)
                 part = (
                     wh @ h,
                     (wh @ e[..., None]).squeeze(-1),
                     C,
                     (weight * e.square()).sum(-1),
                     (weight * y.square()).sum(-1),
-                    position % HOLD_BACK == HOLD_BACK - 1,
                 )
                 parts.append([tensor.flatten(0, 1) for tensor in part])
     return _TokenSystems(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -167,16 +151,14 @@ def _token_systems(
 
 def _conjugate_gradients(
     system: _TokenSystems,
-    fit: torch.Tensor,
     H_SS: torch.Tensor,
     omega: torch.Tensor,
     steps: int,
     penalty: float,
     total: Callable[[torch.Tensor], torch.Tensor],
-):
-    """Yield M − M₀ after each step, shape (r, N), float32, on the system's device."""
-    device = system.C.device
-    gram, p, C = system.gram[fit], system.p[fit], system.C[fit]
+) -> torch.Tensor:
+    """M − M₀ after the given number of steps, shape (r, N), float32, on the system's device."""
+    gram, p, C, device = system.gram, system.p, system.C, system.C.device
     scale = H_SS.diagonal().to(device, torch.float32)[:, None]
     omega32 = omega.to(device, torch.float32)
     left = torch.linalg.inv(_with_ridge(H_SS, PRECONDITIONER_RIDGE)).to(device, torch.float32)
@@ -195,15 +177,15 @@ def _conjugate_gradients(
         product = apply(direction)
         curvature = (direction * product).sum()
         if not curvature > 0:
-            return
+            break
         step = rho / curvature
         change = change + step * direction
-        yield change
         residual = residual - step * product
         preconditioned = left @ residual @ right
         new_rho = (residual * preconditioned).sum()
         direction = preconditioned + (new_rho / rho) * direction
         rho = new_rho
+    return change
 
 
 def _with_ridge(matrix: torch.Tensor, ridge: float) -> torch.Tensor:

@@ -1,11 +1,11 @@
 """The demo: a stock Mamba learns to read digits, and loses nine tenths of its state on the way.
 
 scikit-learn's 1,797 handwritten digits become sequences of 64 pixels and a query token; the next token is the digit. A
-stock `MambaForCausalLM` starts with state size N = 128. After a fifth of the training the callback cuts N to 12, and
+stock `MambaForCausalLM` starts with state size N = 128. After a tenth of the training the callback cuts N to 12, and
 the stock Trainer trains on at a multiple of the speed. It runs on a CPU, in minutes, without a download:
 
     make demo                                   # or: python recipes/digits.py
-    python recipes/digits.py --target_state_size 6 --output_dir runs/six
+    python recipes/digits.py --target_state_size 6 --cut_at 0.2 --output_dir runs/six
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ class DemoArguments:
     output_dir: str = field(default="runs/demo", metadata={"help": "Where the model, its card and the plot go."})
     state_size: int = field(default=128, metadata={"help": "N at the start."})
     target_state_size: int = field(default=12, metadata={"help": "N after the cut."})
-    hidden_size: int = field(default=32, metadata={"help": "Width of the model."})
+    hidden_size: int = field(default=64, metadata={"help": "Width of the model."})
     layers: int = field(default=2, metadata={"help": "Number of Mamba layers."})
-    steps: int = field(default=800, metadata={"help": "Training steps."})
-    batch_size: int = field(default=32, metadata={"help": "Digits per step."})
+    steps: int = field(default=2000, metadata={"help": "Training steps."})
+    cut_at: float = field(default=0.1, metadata={"help": "The share of training after which the state is cut."})
+    batch_size: int = field(default=16, metadata={"help": "Digits per step."})
     learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate."})
     seed: int = field(default=0, metadata={"help": "Seed of everything."})
 
@@ -198,12 +199,13 @@ def main() -> None:
             hidden_size=arguments.hidden_size,
             state_size=arguments.state_size,
             num_hidden_layers=arguments.layers,
+            expand=1,
             time_step_min=0.01,
             time_step_max=0.5,
             use_mambapy=True,
         )
     )
-    config = CompreSSMConfig(state_size=arguments.target_state_size)
+    config = CompreSSMConfig(state_size=arguments.target_state_size, schedule=[arguments.cut_at])
     cutter = CompreSSMCallback(config)
     before, after = BeforeTheCut(cutter, test), AfterTheCut(cutter, test)
     trainer = Trainer(

@@ -1,0 +1,433 @@
+"""The plan: pure data, the same after any journey, refused when damaged, and made without touching the model."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from conftest import TINY, lively, selection_plan, tokens
+from naive import run_mixer
+from torch import nn
+
+from hf_compressm import (
+    CompressionPlan,
+    CompreSSMConfig,
+    NonFiniteError,
+    compress_,
+    find_mixers,
+    measure,
+    plan_compression,
+)
+from hf_compressm.criteria import CRITERIA
+from hf_compressm.elimination import eliminate
+
+
+def make_plan(tiny, config: CompreSSMConfig | None = None) -> tuple[nn.Module, CompressionPlan]:
+    model = lively(tiny.build())
+    statistics = measure(model, [tokens(8, 24)])
+    return model, plan_compression(model, statistics, config or CompreSSMConfig(state_size=3))
+
+
+def assert_same_plan(one: CompressionPlan, two: CompressionPlan) -> None:
+    assert (one.tokens, one.config, list(one.layers)) == (two.tokens, two.config, list(two.layers))
+    for name, layer in one.layers.items():
+        for option in dataclasses.fields(layer):
+            first, second = getattr(layer, option.name), getattr(two.layers[name], option.name)
+            if isinstance(first, torch.Tensor):
+                assert first.dtype == second.dtype and torch.equal(first, second)
+            else:
+                assert first == second
+
+
+class TestFiles:
+    @pytest.fixture
+    def plan(self) -> CompressionPlan:
+        return make_plan(TINY["mamba"])[1]
+
+    @pytest.fixture
+    def folder(self, plan, tmp_path) -> Path:
+        plan.save(tmp_path)
+        return tmp_path
+
+    def edit(self, folder: Path, change) -> None:
+        content = json.loads((folder / "plan.json").read_text())
+        change(content)
+        (folder / "plan.json").write_text(json.dumps(content))
+
+    def test_round_trip_is_exact(self, tiny, tmp_path):
+        _, plan = make_plan(tiny)
+        plan.save(tmp_path / "new" / "folder")
+        assert {file.name for file in (tmp_path / "new" / "folder").iterdir()} == {"plan.json", "plan.safetensors"}
+        loaded = CompressionPlan.load(tmp_path / "new" / "folder")
+        assert_same_plan(loaded, plan)
+        assert loaded.digest() == plan.digest()
+
+    def test_round_trip_through_bytes_is_exact(self, tiny):
+        _, plan = make_plan(tiny)
+        loaded = CompressionPlan.from_bytes(plan.to_bytes())
+        assert_same_plan(loaded, plan)
+        assert loaded.digest() == plan.digest()
+
+    def test_the_json_file_may_have_any_name(self, plan, tmp_path):
+        plan.save(tmp_path / "first.json")
+        selection_plan(TINY["mamba2"].build(), [1, 2]).save(str(tmp_path / "second.json"))
+        assert_same_plan(CompressionPlan.load(str(tmp_path / "first.json")), plan)
+        assert CompressionPlan.load(tmp_path / "second.json").tensors() == {}
+
+    def test_special_numbers_survive(self, plan, tmp_path):
+        name, layer = next(iter(plan.layers.items()))
+        odd = dataclasses.replace(layer, error_curve=[math.inf, 0.1 + 0.2, 5e-324], relative_error=1 / 3)
+        dataclasses.replace(plan, layers={name: odd}).save(tmp_path)
+        loaded = CompressionPlan.load(tmp_path).layers[name]
+        assert (loaded.error_curve, loaded.relative_error) == (odd.error_curve, odd.relative_error)
+
+    def test_digest_sees_every_part(self, plan):
+        name, layer = next(iter(plan.layers.items()))
+        readout = layer.readout.clone()
+        readout[0, 0] = np.nextafter(np.float32(readout[0, 0]), np.float32(np.inf)).item()
+        changes = [
+            {"kept": layer.kept.flip(1)},
+            {"readout": readout},
+            {"readout": None},
+            {"relative_error": layer.relative_error * (1 + 1e-15)},
+            {"criterion": "ghost"},
+            {"mixer_class": "Mamba2Mixer"},
+            {"error_curve": layer.error_curve[:-1]},
+        ]
+        variants = [
+            dataclasses.replace(plan, layers=plan.layers | {name: dataclasses.replace(layer, **change)})
+            for change in changes
+        ]
+        variants += [
+            dataclasses.replace(plan, tokens=1),
+            dataclasses.replace(plan, config=CompreSSMConfig(state_size=4)),
+        ]
+        digests = {variant.digest() for variant in [plan, *variants]}
+        assert len(digests) == len(variants) + 1
+
+    @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+    def test_truncated_json(self, folder, share):
+        text = (folder / "plan.json").read_text()
+        (folder / "plan.json").write_text(text[: int(share * len(text))])
+        with pytest.raises(ValueError, match=r"plan\.json: the plan is truncated or not a plan .* make it anew"):
+            CompressionPlan.load(folder)
+
+    @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+    def test_truncated_safetensors(self, folder, share):
+        data = (folder / "plan.safetensors").read_bytes()
+        (folder / "plan.safetensors").write_bytes(data[: int(share * len(data))])
+        with pytest.raises(ValueError, match=r"plan\.json: the plan is truncated or not a plan"):
+            CompressionPlan.load(folder)
+
+    def test_binary_rubbish(self, folder):
+        (folder / "plan.json").write_bytes(bytes(range(255, 0, -1)))
+        with pytest.raises(ValueError, match="the plan is truncated or not a plan"):
+            CompressionPlan.load(folder)
+
+    @pytest.mark.parametrize("name", ["plan.json", "plan.safetensors"])
+    def test_a_missing_file_is_named(self, folder, name):
+        (folder / name).unlink()
+        with pytest.raises(FileNotFoundError, match=rf"{name} is missing; a plan is two files"):
+            CompressionPlan.load(folder)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda content, layer: layer["kept"][0].__setitem__(0, 1 - layer["kept"][0][0]),
+            lambda content, layer: layer["kept"][0].pop(),
+            lambda content, layer: layer["kept"].append([1]),
+            lambda content, layer: layer.update(kept="all"),
+            lambda content, layer: layer.update(relative_error=0.0),
+            lambda content, layer: layer.update(state_size_before=16),
+            lambda content, layer: layer.update(state_size_after=5),
+            lambda content, layer: layer.pop("refit"),
+            lambda content, layer: layer.update(note="by hand"),
+            lambda content, layer: content.update(tokens=10**9),
+            lambda content, layer: content["config"].update(state_size=0),
+            lambda content, layer: content["config"].update(criterion="mine"),
+            lambda content, layer: content["layers"].popitem(),
+            lambda content, layer: content.update(digest="0" * 64),
+        ],
+    )
+    def test_an_edited_json_file(self, folder, change):
+        self.edit(folder, lambda content: change(content, next(iter(content["layers"].values()))))
+        with pytest.raises(ValueError, match=r"plan\.json: its digest does not match its content; it was edited"):
+            CompressionPlan.load(folder)
+
+    @pytest.mark.parametrize("key", ["digest", "format_version"])
+    def test_a_missing_key_is_named(self, folder, key):
+        self.edit(folder, lambda content: content.pop(key))
+        with pytest.raises(ValueError, match=rf"plan\.json: not a plan, or edited \(KeyError: '{key}'\)"):
+            CompressionPlan.load(folder)
+
+    @pytest.mark.parametrize("content", ["[]", "12", "null", '"plan"', "{}"])
+    def test_json_that_is_no_plan(self, folder, content):
+        (folder / "plan.json").write_text(content)
+        with pytest.raises(ValueError, match=r"plan\.json: not a plan, or edited"):
+            CompressionPlan.load(folder)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda name, tensors: tensors[name].view(-1)[3].add_(1e-6),
+            lambda name, tensors: tensors.pop(name),
+            lambda name, tensors: tensors.update(another=torch.zeros(2)),
+            lambda name, tensors: tensors.update({name: tensors[name].view(torch.int32)}),
+            lambda name, tensors: tensors.update({name: tensors[name].view(8, 3)}),
+        ],
+    )
+    def test_an_edited_matrix(self, plan, folder, change):
+        tensors = safetensors.torch.load_file(folder / "plan.safetensors")
+        change(next(iter(plan.layers)), tensors)
+        safetensors.torch.save_file(tensors, folder / "plan.safetensors")
+        with pytest.raises(ValueError, match=r"plan\.json: its digest does not match"):
+            CompressionPlan.load(folder)
+
+    def test_the_matrices_of_another_plan(self, folder, tmp_path):
+        make_plan(TINY["mamba"], CompreSSMConfig(state_size=3, criterion="smallest"))[1].save(tmp_path / "other")
+        (tmp_path / "other" / "plan.safetensors").replace(folder / "plan.safetensors")
+        with pytest.raises(ValueError, match="mixed with another plan"):
+            CompressionPlan.load(folder)
+
+    def test_damaged_bytes(self, plan):
+        data = plan.to_bytes()
+        damaged = data[:-1] + bytes([data[-1] ^ 1])
+        with pytest.raises(ValueError, match="the plan's bytes: its digest does not match"):
+            CompressionPlan.from_bytes(damaged)
+
+    def test_a_newer_format(self, folder):
+        self.edit(folder, lambda content: content.update(format_version=2))
+        with pytest.raises(ValueError, match=r"plan\.json: plan format 2, but this version reads 1"):
+            CompressionPlan.load(folder)
+
+    def test_a_config_with_options_of_a_newer_version(self, plan, folder, caplog, monkeypatch):
+        """A newer version writes one option more, and its digest covers it."""
+        options = plan.config.to_dict() | {"rank_per_layer": True}
+        monkeypatch.setattr(CompreSSMConfig, "to_dict", lambda self: options)
+        plan.save(folder)
+        monkeypatch.undo()
+        assert_same_plan(CompressionPlan.load(folder), plan)
+        assert "ignoring unknown keys ['rank_per_layer']" in caplog.text
+
+    def test_a_config_of_an_older_version_that_lacks_an_option(self, plan, folder, monkeypatch):
+        options = plan.config.to_dict()
+        options.pop("multiple_of")
+        monkeypatch.setattr(CompreSSMConfig, "to_dict", lambda self: options)
+        plan.save(folder)
+        monkeypatch.undo()
+        assert_same_plan(CompressionPlan.load(folder), plan)
+
+
+def test_replaying_a_saved_plan_gives_the_same_model_bit_for_bit(tiny, tmp_path):
+    model, plan = make_plan(tiny)
+    original = copy.deepcopy(model)
+    plan.save(tmp_path)
+    compress_(model, plan)
+    compress_(original, CompressionPlan.load(tmp_path))
+    assert original.config.to_dict() == model.config.to_dict()
+    weights = model.state_dict()
+    assert list(original.state_dict()) == list(weights)
+    assert all(torch.equal(value, weights[name]) for name, value in original.state_dict().items())
+
+
+def test_planning_twice_gives_the_same_plan(tiny):
+    assert make_plan(tiny)[1].digest() == make_plan(tiny)[1].digest()
+
+
+@pytest.mark.parametrize("rule", [{"state_size": 3}, {"tolerance": 0.3}, {"hankel_tolerance": 0.1}])
+def test_planning_touches_nothing(tiny, rule):
+    model = lively(tiny.build()).train()
+    statistics = measure(model, [tokens(8, 24)])
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    sums = [tensor.clone() for layer in statistics.values() for tensor in layer.sums]
+    identities, config = [id(p) for p in model.parameters()], model.config.to_dict()
+    state = torch.get_rng_state()
+    plan_compression(model, statistics, CompreSSMConfig(**rule))
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    now = [tensor for layer in statistics.values() for tensor in layer.sums]
+    assert all(torch.equal(tensor, before) for tensor, before in zip(now, sums, strict=True))
+    assert [id(p) for p in model.parameters()] == identities and model.config.to_dict() == config
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(module.training for module in model.modules())
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("criterion", ["auto", "refit", "ghost", "hankel", "magnitude", "random", "smallest"])
+def test_plans_keep_the_best_states_in_rising_order(tiny, criterion):
+    model = lively(tiny.build())
+    statistics = measure(model, [tokens(8, 24)])
+    plan = plan_compression(model, statistics, CompreSSMConfig(state_size=3, criterion=criterion, seed=5))
+    for name, layer in plan.layers.items():
+        auto = "refit" if tiny is TINY["mamba"] else "ghost"
+        assert layer.criterion == (auto if criterion == "auto" else criterion)
+        scores = CRITERIA[layer.criterion](statistics[name], 5)
+        for kept, score in zip(layer.kept.tolist(), scores.tolist(), strict=True):
+            assert kept == sorted(sorted(range(8), key=score.__getitem__)[-3:])
+    assert plan.tokens == 8 * 24
+    assert plan.changes == plan.layers
+
+
+def test_mamba1_plans_carry_a_readout_and_mamba2_plans_none(tiny):
+    _, plan = make_plan(tiny)
+    for layer in plan.layers.values():
+        if tiny is TINY["mamba"]:
+            assert layer.readout.shape == (3, 8) and layer.readout.dtype == torch.float32
+            assert layer.refit in ("conjugate gradients", "mean field")
+        else:
+            assert layer.readout is None and layer.refit == "none"
+
+
+def test_without_refit_states_are_only_selected():
+    _, plan = make_plan(TINY["mamba"], CompreSSMConfig(state_size=3, refit=False))
+    for layer in plan.layers.values():
+        assert (layer.readout, layer.refit, layer.criterion) == (None, "none", "ghost")
+
+
+def test_error_without_a_refit_is_that_of_the_layer_after_the_cut(tiny):
+    """Removing states takes their share of y away: the error is measured by running both layers on the same input."""
+    model = lively(tiny.build())
+    statistics = measure(model, [tokens(4, 12)])
+    plan = plan_compression(model, statistics, CompreSSMConfig(state_size=3, refit=False))
+    runs = {name: run_mixer(model.get_submodule(name), statistics[name].inputs[0][0]) for name in find_mixers(model)}
+    compress_(model, plan)
+    for name, run in runs.items():
+        after = run_mixer(model.get_submodule(name), statistics[name].inputs[0][0])
+        error, energy = (run.weight * (run.y - after.y) ** 2).sum(), (run.weight * run.y**2).sum()
+        assert plan.layers[name].relative_error == pytest.approx((error / energy) ** 0.5, rel=1e-3)
+        assert plan.layers[name].error_curve[3] == pytest.approx((error / energy) ** 0.5, rel=1e-3)
+
+
+def test_error_curve_of_a_refit_is_that_of_the_elimination():
+    model = lively(TINY["mamba"].build())
+    statistics = measure(model, [tokens(8, 24)])
+    plan = plan_compression(model, statistics, CompreSSMConfig(state_size=3))
+    for name, layer in plan.layers.items():
+        _, squared = eliminate(statistics[name].state_gram[0], statistics[name].readout_gram[0])
+        expected = [1.0, *squared.sqrt().flip(0)[1:].tolist(), 0.0]
+        assert layer.error_curve == pytest.approx(expected, abs=1e-7)
+        assert len(layer.error_curve) == 9
+
+
+def test_error_curves_run_from_everything_to_nothing(tiny):
+    _, plan = make_plan(tiny)
+    for layer in plan.layers.values():
+        assert layer.error_curve[0] == pytest.approx(1.0) and layer.error_curve[-1] == 0.0
+
+
+def test_a_tolerance_is_met_by_every_layer(tiny):
+    _, plan = make_plan(tiny, CompreSSMConfig(tolerance=0.3))
+    (size,) = {layer.state_size_after for layer in plan.layers.values()}
+    assert 1 <= size < 8
+    assert all(layer.error_curve[size] <= 0.3 for layer in plan.layers.values())
+    assert any(layer.error_curve[size - 1] > 0.3 for layer in plan.layers.values())
+
+
+def test_a_rule_that_finds_nothing_worth_cutting(tiny):
+    _, plan = make_plan(tiny, CompreSSMConfig(tolerance=1e-9))
+    assert plan.changes == {}
+    for layer in plan.layers.values():
+        assert layer.kept.tolist() == [list(range(8))] * len(layer.kept)
+        assert (layer.readout, layer.relative_error) == (None, 0.0)
+
+
+def test_models_side_by_side_get_a_size_each():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.large, self.small = TINY["mamba"].build_base(), TINY["mamba2"].build_base(state_size=4)
+
+        def forward(self, input_ids):
+            return self.large(input_ids), self.small(input_ids)
+
+    model = Both()
+    plan = plan_compression(model, measure(model, [tokens(8, 24)]), CompreSSMConfig(state_size=0.5))
+    sizes = [(layer.state_size_before, layer.state_size_after) for layer in plan.layers.values()]
+    assert sizes == [(8, 4), (8, 4), (4, 2), (4, 2)]
+
+
+@pytest.mark.parametrize("rule", [{"state_size": 3}, {"tolerance": 0.1}, {"hankel_tolerance": 0.1}])
+@pytest.mark.parametrize("silent", ["the output", "the states"])
+def test_a_layer_that_passes_nothing_on_is_cut_like_the_others(tiny, silence, rule, silent):
+    model = lively(tiny.build())
+    if silent == "the states":
+        silence(model, list(range(8)))
+    else:
+        nn.init.zeros_(model.backbone.layers[1].mixer.out_proj.weight)
+    plan = plan_compression(model, measure(model, [tokens(8, 24)]), CompreSSMConfig(**rule))
+    layer = plan.layers["backbone.layers.1.mixer"]
+    assert layer.relative_error == 0 and all(map(math.isfinite, layer.error_curve))
+    assert layer.error_curve[1] == 0
+    compress_(model, plan)
+    assert torch.isfinite(model(tokens()).logits).all()
+
+
+def test_a_target_that_is_not_below_the_present_size(tiny):
+    with pytest.raises(
+        ValueError, match=r"backbone\.layers\.0\.mixer: target state_size 8 is not below the current 8"
+    ):
+        make_plan(tiny, CompreSSMConfig(state_size=8))
+
+
+def test_statistics_of_other_layers(tiny):
+    model = tiny.build()
+    statistics = measure(model, [tokens()])
+    statistics["elsewhere"] = statistics.pop("backbone.layers.1.mixer")
+    missing, unknown = r"\['backbone\.layers\.1\.mixer'\]", r"\['elsewhere'\]"
+    with pytest.raises(ValueError, match=f"layers without statistics {missing}, statistics without a layer {unknown}"):
+        plan_compression(model, statistics, CompreSSMConfig(state_size=3))
+
+
+def test_statistics_of_another_state_size(tiny):
+    statistics = measure(tiny.build(), [tokens()])
+    with pytest.raises(ValueError, match="measured at state_size 8, but the model has 4; measure again"):
+        plan_compression(tiny.build(state_size=4), statistics, CompreSSMConfig(state_size=3))
+
+
+def test_statistics_without_a_token(tiny):
+    model = tiny.build()
+    statistics = measure(model, [tokens()])
+    statistics["backbone.layers.1.mixer"].tokens.zero_()
+    with pytest.raises(ValueError, match=r"backbone\.layers\.1\.mixer: the statistics hold no real token"):
+        plan_compression(model, statistics, CompreSSMConfig(state_size=3))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_parameters(tiny, value):
+    model = tiny.build()
+    statistics = measure(model, [tokens()])
+    mixer = find_mixers(model)["backbone.layers.1.mixer"]
+    for axis in mixer.layout.state_axes(mixer.module):
+        number = axis.tensor.flatten()[0].item()
+        axis.tensor.data.view(-1)[0] = value
+        with pytest.raises(
+            NonFiniteError, match=rf"layers\.1\.mixer: parameter {axis.parameter} holds NaN or infinity"
+        ):
+            plan_compression(model, statistics, CompreSSMConfig(state_size=3))
+        axis.tensor.data.view(-1)[0] = number
+    assert plan_compression(model, statistics, CompreSSMConfig(state_size=3)).changes
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_statistics(tiny, value):
+    model = tiny.build()
+    statistics = measure(model, [tokens()])
+    statistics["backbone.layers.1.mixer"].state_gram[0, 1, 2] = value
+    with pytest.raises(
+        NonFiniteError, match=r"layers\.1\.mixer: the statistics hold NaN or infinity; nothing was cut"
+    ):
+        plan_compression(model, statistics, CompreSSMConfig(state_size=3))
+
+
+def test_activations_that_overflow_are_noticed(tiny):
+    model = tiny.build()
+    nn.init.constant_(model.backbone.layers[0].mixer.in_proj.weight, 1e30)
+    statistics = measure(model, [tokens()])
+    with pytest.raises(NonFiniteError, match="the statistics hold NaN or infinity"):
+        plan_compression(model, statistics, CompreSSMConfig(state_size=3))

@@ -1,0 +1,596 @@
+"""The cut: exact for silent states under training and generation, a stock model afterwards, all or nothing."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY, Tiny, lively, selection_plan, silence_states, tokens, train
+from naive import kept_part
+from torch import nn
+from transformers import AutoModelForCausalLM, MambaConfig, MambaModel
+from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+
+from hf_compressm import CompressionPlan, CompreSSMConfig, compress_, find_mixers, measure, plan_compression
+from hf_compressm.plan import LayerPlan
+from hf_compressm.surgery import check_optimizer, optimizer_bytes
+
+# States that stay, in each group; the others are silent. One list: the same in each group.
+KEPT = {
+    "first half": [0, 1, 2, 3],
+    "scattered": [0, 2, 5, 7],
+    "all but one": [0, 1, 2, 4, 5, 6, 7],
+    "only one": [6],
+    "another half in each group": [[0, 2, 5, 7], [1, 2, 3, 6]],
+}
+
+
+def in_each_group(kept: list, model: nn.Module) -> list[list[int]]:
+    groups = next(iter(find_mixers(model).values())).groups
+    return kept[:groups] if isinstance(kept[0], list) else [kept] * groups
+
+
+def silent_and_kept(tiny: Tiny, kept: list, **options) -> tuple[nn.Module, list[list[int]]]:
+    """A lively model in which only the kept states do anything."""
+    model = lively(tiny.build(**options))
+    kept = in_each_group(kept, model)
+    silence_states(model, [sorted(set(range(8)) - set(row)) for row in kept])
+    return model, kept
+
+
+def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict:
+    """Values and identities of everything that a cut may change."""
+    state = [] if optimizer is None else [(id(key), dict(value)) for key, value in optimizer.state.items()]
+    return {
+        "parameters": {name: (id(p), p.detach().clone(), p.grad) for name, p in model.named_parameters()},
+        "buffers": {name: buffer.clone() for name, buffer in model.named_buffers()},
+        "groups": [] if optimizer is None else [[id(p) for p in group["params"]] for group in optimizer.param_groups],
+        "state": [
+            (key, {name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in state.items()})
+            for key, state in state
+        ],
+        "sizes": {
+            name: {key: value for key, value in vars(module).items() if isinstance(value, int)}
+            for name, module in model.named_modules()
+        },
+        "config": model.config.to_dict() if hasattr(model, "config") else None,
+    }
+
+
+def assert_untouched(before: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
+    now = snapshot(model, optimizer)
+    for kind in ("groups", "sizes", "config"):
+        assert now[kind] == before[kind]
+    for kind in ("parameters", "buffers", "state"):
+        assert same(now[kind], before[kind]), kind
+
+
+def same(one, two) -> bool:
+    """Equality that goes into containers, bit by bit for tensors."""
+    if isinstance(one, torch.Tensor):
+        return isinstance(two, torch.Tensor) and one.dtype == two.dtype and torch.equal(one, two)
+    if isinstance(one, dict):
+        return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(two) and all(map(same, one, two))
+    return one == two
+
+
+def assert_close(one: torch.Tensor, two: torch.Tensor) -> None:
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+
+
+class TestSilentStates:
+    """Invariant 1."""
+
+    @pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT.keys())
+    @pytest.mark.parametrize("options", [{}, {"use_bias": True}, {"use_conv_bias": False}])
+    def test_logits(self, tiny, kept, options):
+        model, kept = silent_and_kept(tiny, kept, **options)
+        mask = torch.ones(4, 12, dtype=torch.long)
+        mask[0, :4] = 0
+        with torch.no_grad():
+            before = model(tokens(), attention_mask=mask).logits
+            compress_(model, selection_plan(model, kept))
+            assert_close(model(tokens(), attention_mask=mask).logits, before)
+        assert model.config.state_size == len(kept[0])
+
+    @pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT.keys())
+    def test_training_goes_on_as_if_nothing_had_happened(self, tiny, kept):
+        uncut, kept = silent_and_kept(tiny, kept)
+        cut = copy.deepcopy(uncut)
+        optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1) for model in (uncut, cut)]
+        for model, optimizer in zip((uncut, cut), optimizers, strict=True):
+            train(model, optimizer, range(3))
+        compress_(cut, selection_plan(cut, kept), optimizers[1])
+        losses, norms = train(uncut, optimizers[0], range(3, 8))
+        assert train(cut, optimizers[1], range(3, 8)) == (
+            pytest.approx(losses, rel=1e-5),
+            pytest.approx(norms, rel=1e-3),
+        )
+        ours = dict(cut.named_parameters())
+        for name, parameter in uncut.named_parameters():
+            assert_close(ours[name], kept_part(name, parameter, kept))
+            for key, moment in optimizers[0].state[parameter].items():
+                assert_close(
+                    optimizers[1].state[ours[name]][key], kept_part(name, moment, kept) if moment.dim() else moment
+                )
+
+    @pytest.mark.parametrize("use_cache", [False, True])
+    def test_generation(self, tiny, use_cache):
+        model, kept = silent_and_kept(tiny, [0, 2, 5, 7])
+        options = {"max_new_tokens": 8, "do_sample": False, "use_cache": use_cache, "eos_token_id": None}
+        options |= {"return_dict_in_generate": True, "output_logits": True}
+        before = model.eval().generate(tokens(3, 5), **options)
+        compress_(model, selection_plan(model, kept))
+        after = model.generate(tokens(3, 5), **options)
+        assert torch.equal(after.sequences, before.sequences) and after.sequences.shape == (3, 13)
+        assert_close(torch.stack(after.logits), torch.stack(before.logits))
+
+    @pytest.mark.parametrize("refit_steps", [0, 10])
+    def test_a_measured_plan_finds_them(self, tiny, refit_steps):
+        model, kept = silent_and_kept(tiny, [0, 2, 5, 7])
+        with torch.no_grad():
+            before = model(tokens()).logits
+            config = CompreSSMConfig(state_size=4, refit_steps=refit_steps)
+            plan = plan_compression(model, measure(model, [tokens(8, 24)]), config)
+            assert all(layer.kept.tolist() == kept for layer in plan.layers.values())
+            compress_(model, plan)
+            assert_close(model(tokens()).logits, before)
+
+    def test_two_cuts_in_a_row(self, tiny):
+        model, _ = silent_and_kept(tiny, [1, 4])
+        before = model(tokens()).logits
+        compress_(model, selection_plan(model, [0, 1, 2, 4, 6]))
+        compress_(model, selection_plan(model, [1, 3]))
+        assert_close(model(tokens()).logits, before)
+        assert model.config.state_size == 2
+
+
+def test_states_that_matter_do_change_the_output(tiny):
+    """The tests above could otherwise pass on a model that ignores its states."""
+    model = lively(tiny.build())
+    before = model(tokens()).logits
+    compress_(model, selection_plan(model, [0, 2, 5, 7]))
+    assert (model(tokens()).logits - before).abs().max() > 1e-3
+
+
+def test_generation_after_a_cut_is_the_same_with_and_without_cache(tiny):
+    model = lively(tiny.build()).eval()
+    compress_(model, plan_compression(model, measure(model, [tokens(8, 24)]), CompreSSMConfig(state_size=3)))
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    with_cache, without = (model.generate(tokens(3, 5), use_cache=cache, **options) for cache in (True, False))
+    assert torch.equal(with_cache, without)
+
+
+def test_the_cut_model_is_a_stock_model(tiny, tmp_path):
+    model = lively(tiny.build()).eval()
+    compress_(model, plan_compression(model, measure(model, [tokens(8, 24)]), CompreSSMConfig(state_size=3)))
+    model.save_pretrained(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(stock) is tiny.language_model and stock.config.state_size == 3
+    with torch.no_grad():
+        assert torch.equal(stock(tokens()).logits, model(tokens()).logits)
+
+
+def test_every_number_that_the_forward_reads_follows(tiny):
+    model = tiny.build()
+    compress_(model, selection_plan(model, [0, 2, 7]))
+    fresh = tiny.build(state_size=3)
+    for (name, ours), (_, theirs) in zip(model.named_modules(), fresh.named_modules(), strict=True):
+        numbers = [{key: value for key, value in vars(m).items() if isinstance(value, int)} for m in (ours, theirs)]
+        assert numbers[0] == numbers[1], name
+    assert [(n, p.shape) for n, p in model.named_parameters()] == [(n, p.shape) for n, p in fresh.named_parameters()]
+    assert model.config.to_dict() == fresh.config.to_dict()
+    assert model.backbone.config.state_size == 3
+
+
+def test_bare_mixers(tiny):
+    model = tiny.build()
+    module = model.backbone.layers[0].mixer
+    compress_(module, selection_plan(module, [0, 2, 7]))
+    assert module.ssm_state_size == 3
+    if not isinstance(module, Mamba2Mixer):
+        assert module.config.state_size == 3
+    hidden_states = torch.randn(2, 5, 16)
+    assert module(hidden_states).shape == hidden_states.shape
+
+
+def test_models_inside_another_module():
+    both = nn.ModuleDict({"a": TINY["mamba"].build(), "b": nn.Sequential(TINY["mamba2"].build_base())})
+    plan = selection_plan(both, [0, 2, 7])
+    plan.layers.update(selection_plan(nn.ModuleDict({"a": both["a"]}), [1, 4]).layers)
+    report = compress_(both, plan)
+    assert (both["a"].config.state_size, both["b"][0].config.state_size) == (2, 3)
+    assert [layer.state_size_after for layer in report.layers] == [2, 2, 3, 3]
+    both["a"](tokens()), both["b"][0](tokens())
+
+
+def test_bf16_models(tiny):
+    model, kept = silent_and_kept(tiny, [0, 2, 5, 7])
+    model.to(torch.bfloat16)
+    before = dict(model.named_parameters())
+    compress_(model, selection_plan(model, kept))
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == torch.bfloat16
+        assert torch.equal(parameter, kept_part(name, before[name], kept))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_refitted_readouts_are_folded_into_the_rows_of_c(dtype):
+    model = lively(TINY["mamba"].build()).to(dtype)
+    before = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    plan = plan_compression(model, measure(model, [tokens(8, 24)]), CompreSSMConfig(state_size=3))
+    compress_(model, plan)
+    for name, layer in plan.layers.items():
+        old, new = before[f"{name}.x_proj.weight"], model.get_parameter(f"{name}.x_proj.weight")
+        expected = torch.cat([old[:1], old[1:9][layer.kept[0]], layer.readout.double() @ old[9:17]])
+        assert torch.equal(new, expected.to(dtype))
+
+
+class TestParameters:
+    def test_attributes_and_training_flags_stay(self, tiny):
+        model = tiny.build()
+        for name, parameter in model.named_parameters():
+            parameter.mark = name
+            parameter.requires_grad = "layers.0" in name
+        compress_(model, selection_plan(model, [0, 2, 7]))
+        for name, parameter in model.named_parameters():
+            assert parameter.mark == name
+            assert parameter.requires_grad == ("layers.0" in name)
+            assert type(parameter) is nn.Parameter and parameter.is_leaf and parameter.is_contiguous()
+
+    def test_gradients_that_are_alive_are_carried(self, tiny):
+        model = tiny.build()
+        model(input_ids=tokens(), labels=tokens()).loss.backward()
+        before = {name: parameter.grad for name, parameter in model.named_parameters()}
+        compress_(model, selection_plan(model, [0, 2, 7]))
+        kept = in_each_group([0, 2, 7], model)
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter.grad, kept_part(name, before[name], kept))
+
+    def test_untouched_parameters_are_the_same_objects(self, tiny):
+        model = tiny.build()
+        before = {name: (parameter, parameter.shape) for name, parameter in model.named_parameters()}
+        compress_(model, selection_plan(model, [0, 2, 7]))
+        for name, parameter in model.named_parameters():
+            old, shape = before[name]
+            assert (parameter is old) == (parameter.shape == shape)
+            # Nothing that still holds the old parameter sees it change.
+            assert old.shape == shape
+
+    def test_order_of_parameters_stays(self, tiny):
+        """Checkpoints hold optimizer state by position."""
+        model = tiny.build()
+        before = [name for name, _ in model.named_parameters()]
+        compress_(model, selection_plan(model, [0, 2, 7]))
+        assert [name for name, _ in model.named_parameters()] == before
+
+    def test_modes_and_hooks_stay(self, tiny):
+        model = tiny.build().train()
+        model.backbone.layers[0].eval()
+        seen = []
+        model.backbone.layers[1].mixer.register_forward_pre_hook(lambda *_: seen.append(1))
+        modes = [module.training for module in model.modules()]
+        compress_(model, selection_plan(model, [0, 2, 7]))
+        assert [module.training for module in model.modules()] == modes
+        model(tokens())
+        assert seen == [1]
+
+
+def test_a_plan_without_changes_touches_nothing(tiny):
+    model = tiny.build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    before = snapshot(model, optimizer)
+    report = compress_(model, selection_plan(model, list(range(8))), optimizer)
+    assert_untouched(before, model, optimizer)
+    assert not report.changed and [layer.status for layer in report.layers] == ["unchanged"] * 2
+
+
+def test_the_report_counts(tiny):
+    model = tiny.build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    fresh = tiny.build(state_size=3)
+    counts = [sum(p.numel() for p in m.parameters()) for m in (model, fresh)]
+    tensors = len(list(model.parameters()))
+    report = compress_(model, selection_plan(model, [0, 2, 7]), optimizer)
+    assert [report.parameters_before, report.parameters_after] == counts
+    # Two moments of four bytes for each number, and a step count of four bytes for each tensor.
+    assert [report.optimizer_bytes_before, report.optimizer_bytes_after] == [8 * n + 4 * tensors for n in counts]
+    assert optimizer_bytes(optimizer) == report.optimizer_bytes_after and optimizer_bytes(None) == 0
+    assert [layer.name for layer in report.layers] == list(find_mixers(model))
+    assert all(layer.kept == in_each_group([0, 2, 7], model) for layer in report.layers)
+
+
+def test_wrappers_of_a_model_are_looked_through(tiny):
+    model, kept = silent_and_kept(tiny, [0, 2, 5, 7])
+    before = model(tokens()).logits
+    compress_(torch.compile(nn.DataParallel(model), backend="eager"), selection_plan(model, kept))
+    assert model.config.state_size == 4
+    assert_close(model(tokens()).logits, before)
+
+
+def last_layer(change: dict | Callable[[LayerPlan], dict]) -> Callable[[CompressionPlan], CompressionPlan]:
+    """A change of the last layer of a plan, so that the layers before it are fine."""
+
+    def apply(plan: CompressionPlan) -> CompressionPlan:
+        name, layer = list(plan.layers.items())[-1]
+        values = change(layer) if callable(change) else change
+        return dataclasses.replace(plan, layers=plan.layers | {name: dataclasses.replace(layer, **values)})
+
+    return apply
+
+
+def with_state(state: int) -> Callable[[CompressionPlan], CompressionPlan]:
+    """The last layer's last index becomes another."""
+
+    def change(layer: LayerPlan) -> dict:
+        kept = layer.kept.clone()
+        kept[-1, -1] = state
+        return {"kept": kept}
+
+    return last_layer(change)
+
+
+LAYER = r"layer backbone\.layers\.1\.mixer: "
+BAD_PLANS = {
+    "a layer is missing": (
+        lambda plan: dataclasses.replace(plan, layers=dict(list(plan.layers.items())[:1])),
+        r"plan and model do not match: the plan lacks layers \['backbone\.layers\.1\.mixer'\]",
+    ),
+    "layers of another model": (
+        lambda plan: dataclasses.replace(plan, layers={f"model.{name}": layer for name, layer in plan.layers.items()}),
+        r"unknown layers \['model\.backbone.*the model's mixers are \['backbone\.layers\.0\.mixer'",
+    ),
+    "no layers": (lambda plan: dataclasses.replace(plan, layers={}), "plan and model do not match"),
+    "another N": (last_layer({"state_size_before": 16}), LAYER + "the plan is for state_size 16, but the model has 8"),
+    "an index above N": (with_state(8), LAYER + r"kept indices .* reach outside 0\.\.7"),
+    "a negative index": (with_state(-1), LAYER + r"kept indices .*-1.* reach outside 0\.\.7"),
+    "a repeated index": (with_state(2), LAYER + r"kept indices .*\[0, 2, 2\].* repeat a state"),
+    "one dimension": (last_layer(lambda layer: {"kept": layer.kept[0]}), LAYER + r"kept indices have shape \(3,\)"),
+    "too many groups": (
+        last_layer(lambda layer: {"kept": layer.kept.repeat(2, 1)}),
+        LAYER + r"kept indices have shape \(\d, 3\); expected \(\d, r\) with r in 1\.\.8",
+    ),
+    "no state": (last_layer(lambda layer: {"kept": layer.kept[:, :0]}), LAYER + r"kept indices have shape \(\d, 0\)"),
+    "more states than there are": (
+        last_layer(lambda layer: {"kept": layer.kept.repeat(1, 3)}),
+        LAYER + r"kept indices have shape \(\d, 9\)",
+    ),
+    "layers of one config with different sizes": (
+        last_layer(lambda layer: {"kept": layer.kept[:, :2]}),
+        r"layers that share one config must keep one state_size, but the plan has .*0\.mixer': 3.*1\.mixer': 2",
+    ),
+    "one layer of a config unchanged": (
+        last_layer(lambda layer: {"kept": torch.arange(8).repeat(len(layer.kept), 1)}),
+        "layers that share one config must keep one state_size",
+    ),
+}
+BAD_READOUTS = {
+    "transposed": (torch.zeros(8, 3), r"the readout matrix has shape \(8, 3\); expected \(3, 8\)"),
+    "for fewer states": (torch.zeros(2, 8), r"the readout matrix has shape \(2, 8\); expected \(3, 8\)"),
+    "NaN": (torch.full((3, 8), math.nan), "the readout matrix holds NaN or infinity"),
+    "infinite": (torch.full((3, 8), math.inf), "the readout matrix holds NaN or infinity"),
+}
+
+
+def trained(tiny: Tiny) -> tuple[nn.Module, torch.optim.Optimizer]:
+    model = tiny.build()
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    return model, optimizer
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_PLANS.values(), ids=BAD_PLANS.keys())
+def test_a_plan_that_does_not_fit_is_refused_before_anything_is_touched(tiny, spoil, message):
+    model, optimizer = trained(tiny)
+    before, plan = snapshot(model, optimizer), spoil(selection_plan(model, [0, 2, 7]))
+    with pytest.raises(ValueError, match=message):
+        compress_(model, plan, optimizer)
+    assert_untouched(before, model, optimizer)
+
+
+@pytest.mark.parametrize(("readout", "message"), BAD_READOUTS.values(), ids=BAD_READOUTS.keys())
+def test_a_readout_that_does_not_fit_is_refused(readout, message):
+    model, optimizer = trained(TINY["mamba"])
+    before, plan = snapshot(model, optimizer), last_layer({"readout": readout})(selection_plan(model, [0, 2, 7]))
+    with pytest.raises(ValueError, match=LAYER + message):
+        compress_(model, plan, optimizer)
+    assert_untouched(before, model, optimizer)
+
+
+def test_a_readout_for_mamba2_is_refused():
+    model, optimizer = trained(TINY["mamba2"])
+    plan = last_layer({"readout": torch.zeros(3, 8)})(selection_plan(model, [0, 2, 7]))
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=LAYER + "the plan refits the readout, which Mamba-2 mixers do not allow"):
+        compress_(model, plan, optimizer)
+    assert_untouched(before, model, optimizer)
+
+
+def test_a_plan_of_the_other_architecture_is_refused(tiny):
+    other = TINY["mamba2" if tiny is TINY["mamba"] else "mamba"].build()
+    model, optimizer = trained(tiny)
+    before = snapshot(model, optimizer)
+    with pytest.raises(ValueError, match=r"kept indices have shape"):
+        compress_(model, selection_plan(other, [0, 2, 7]), optimizer)
+    assert_untouched(before, model, optimizer)
+
+
+def test_a_plan_is_not_applied_twice(tiny):
+    model = tiny.build()
+    plan = selection_plan(model, [0, 2, 7])
+    compress_(model, plan)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="the plan is for state_size 8, but the model has 3"):
+        compress_(model, plan)
+    assert_untouched(before, model)
+
+
+class QuantizedTensor(torch.Tensor):
+    """Stands for the tensor subclasses of quantization libraries."""
+
+
+def last_state_parameter(model: nn.Module) -> tuple[nn.Module, str]:
+    mixer = list(find_mixers(model).values())[-1]
+    axis = mixer.layout.state_axes(mixer.module)[-1]
+    return axis.module, axis.parameter
+
+
+def strange_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    module, name = last_state_parameter(model)
+    optimizer.state[getattr(module, name)]["curvature"] = torch.ones(5)
+
+
+def gradient_hook(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    module, name = last_state_parameter(model)
+    getattr(module, name).register_hook(lambda grad: grad)
+
+
+def accumulation_hook(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    module, name = last_state_parameter(model)
+    getattr(module, name).register_post_accumulate_grad_hook(lambda parameter: None)
+
+
+def tied_parameter(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    module, name = last_state_parameter(model)
+    model.reader = nn.Module()
+    model.reader.register_parameter("weight", getattr(module, name))
+
+
+def quantized_parameter(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    module, name = last_state_parameter(model)
+    values = getattr(module, name).detach().as_subclass(QuantizedTensor)
+    setattr(module, name, nn.Parameter(values, requires_grad=False))
+
+
+def integer_parameter(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    module, name = last_state_parameter(model)
+    setattr(module, name, nn.Parameter(getattr(module, name).detach().to(torch.int8), requires_grad=False))
+
+
+OBSTACLES = {
+    "an optimizer state of unknown kind": (
+        strange_optimizer_state,
+        TypeError,
+        r"AdamW cannot be carried.*'curvature'",
+    ),
+    "a gradient hook": (gradient_hook, RuntimeError, r"layers\.1\.mixer.* has gradient hooks"),
+    "a hook after accumulation": (accumulation_hook, RuntimeError, r"layers\.1\.mixer.* has gradient hooks"),
+    "a parameter with two owners": (tied_parameter, RuntimeError, r"several owners \(.*layers\.1.*, reader\.weight\)"),
+    "a quantized parameter": (quantized_parameter, TypeError, r"layers\.1\.mixer: .* is a QuantizedTensor"),
+    "an integer parameter": (integer_parameter, TypeError, r"of torch\.int8, not a plain floating-point tensor"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "kind", "message"), OBSTACLES.values(), ids=OBSTACLES.keys())
+def test_a_failure_in_the_last_layer_leaves_everything_as_it_was(tiny, spoil, kind, message):
+    model, optimizer = trained(tiny)
+    spoil(model, optimizer)
+    before = snapshot(model, optimizer)
+    with pytest.raises(kind, match=message):
+        compress_(model, selection_plan(model, [0, 2, 7]), optimizer)
+    assert_untouched(before, model, optimizer)
+
+
+def test_parameters_tied_between_layers_are_refused():
+    model = TINY["mamba"].build()
+    first, second = (layer.mixer for layer in model.backbone.layers)
+    second.x_proj.weight = first.x_proj.weight
+    before = snapshot(model)
+    with pytest.raises(
+        RuntimeError, match=r"several owners \(backbone\.layers\.0.*, backbone\.layers\.1.*\); untie it"
+    ):
+        compress_(model, selection_plan(model, [0, 2, 7]))
+    assert_untouched(before, model)
+
+
+def test_tied_embeddings_are_no_obstacle(tiny):
+    model = tiny.build(tie_word_embeddings=True)
+    compress_(model, selection_plan(model, [0, 2, 7]))
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+
+
+class FullyShardedDataParallel(nn.Module):
+    """Stands for FSDP1's wrapper, which is recognized by its name."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def test_sharded_models_are_refused_with_the_way_out(tiny):
+    model = FullyShardedDataParallel(tiny.build())
+    plan = selection_plan(model, [0, 2, 7])
+    with pytest.raises(RuntimeError, match=r"FullyShardedDataParallel shards.*The way out: .*from_pretrained.*DDP"):
+        compress_(model, plan)
+
+
+def test_inner_sharding_is_refused(tiny):
+    model = tiny.build()
+    model.backbone.layers[1] = FullyShardedDataParallel(model.backbone.layers[1])
+    with pytest.raises(RuntimeError, match="FullyShardedDataParallel shards"):
+        compress_(model, selection_plan(model, [0, 2, 7]))
+
+
+def test_deepspeed_zero_3_is_refused(tiny):
+    model = tiny.build()
+    for number, parameter in enumerate(model.parameters()):
+        parameter.ds_id = number
+    with pytest.raises(RuntimeError, match="DeepSpeed ZeRO-3 shards"):
+        compress_(model, selection_plan(model, [0, 2, 7]))
+
+
+def test_unknown_mixers_and_models_without_mixers(tiny):
+    plan = selection_plan(tiny.build(), [0, 2, 7])
+
+    class StrangeMixer(nn.Module):
+        ssm_state_size = 8
+
+    with pytest.raises(
+        TypeError, match=r"StrangeMixer carries a state, but is not supported.*MambaMixer, Mamba2Mixer"
+    ):
+        compress_(nn.Sequential(StrangeMixer()), plan)
+    with pytest.raises(ValueError, match="Sequential has no mixer whose state could be reduced"):
+        compress_(nn.Sequential(nn.Linear(2, 2)), plan)
+
+
+def test_an_optimizer_that_is_none(tiny):
+    model = tiny.build()
+    with pytest.raises(TypeError, match=r"optimizer must be a torch\.optim\.Optimizer, got SimpleNamespace"):
+        compress_(model, selection_plan(model, [0, 2, 7]), SimpleNamespace(param_groups=[]))
+
+
+class TestCheckOptimizer:
+    def test_a_fitting_optimizer(self, tiny):
+        model, optimizer = trained(tiny)
+        check_optimizer(model, optimizer)
+        compress_(model, selection_plan(model, [0, 2, 7]), optimizer)
+        check_optimizer(model, optimizer)
+
+    def test_a_moment_of_the_wrong_shape(self, tiny):
+        """Fused AdamW would not notice."""
+        model, optimizer = trained(tiny)
+        module, name = last_state_parameter(model)
+        state = optimizer.state[getattr(module, name)]
+        state["exp_avg"] = torch.cat([state["exp_avg"], state["exp_avg"]])
+        with pytest.raises(RuntimeError, match=rf"state 'exp_avg' of .*{name} has shape"):
+            check_optimizer(model, optimizer)
+
+
+def test_a_model_too_large_for_one_group_of_configs():
+    """Two models that share one config object are ruled together."""
+    config = MambaConfig(vocab_size=16, hidden_size=16, state_size=8, num_hidden_layers=1)
+    both = nn.ModuleList([MambaModel(config), MambaModel(config)])
+    plan = selection_plan(both, [0, 2, 7])
+    with pytest.raises(ValueError, match="layers that share one config"):
+        compress_(both, last_layer({"kept": torch.tensor([[0, 1]])})(plan))
+    compress_(both, plan)
+    assert config.state_size == 3
