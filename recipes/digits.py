@@ -268,10 +268,11 @@ def main() -> None:
 
     print(f"\n{table(before.measured, after.measured, final, ms)}")
     print(
-        f"\nThe cut at step {cut['step']} of {arguments.steps} took {results['cut_seconds']:.1f} s; mean KL divergence "
-        f"of the answers across it: {results['kl_across_cut']:.2e} nats.\nEach step after it is "
-        f"{results['step_speedup']:.1f} times faster.\n{output}/ holds the model, its card README.md and spectrum.png. "
-        f"Reloaded by plain Transformers as {results['model_class']}, its logits differ by at most {difference:.1e}.\n"
+        f"\nThe cut at step {cut['step']} of {arguments.steps} took {results['cut_seconds']:.1f} s and changed the "
+        f"answers by a mean KL divergence of {results['kl_across_cut']:.1e} nats.\n"
+        f"Each step after it is {results['step_speedup']:.1f} times faster.\n"
+        f"{output}/ holds the model, its card (README.md) and spectrum.png.\n"
+        f"Reloaded by plain Transformers as {results['model_class']}: logits differ by at most {difference:.1e}.\n"
     )
     print(json.dumps({name: round(item, 8) if isinstance(item, float) else item for name, item in results.items()}))
 
