@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from transformers.utils import logging
 
 from .checkpoint import resize_mixer, resize_while_loading, stop_resizing_while_loading
-from .config import CompreSSMConfig, is_whole
+from .config import CompreSSMConfig
 from .distributed.collectives import (
     broadcast_bytes,
     check_same_everywhere,
@@ -28,7 +28,7 @@ from .distributed.ddp import rebuild_reducer, reducer_is_stale, unwrap
 from .mixers import find_mixers
 from .optimizer import replace_parameter, sliced_state, unwrap_optimizer
 from .plan import CompressionPlan, plan_compression
-from .ranks import fixed_state_size
+from .ranks import fixed_state_size, fixed_target, round_up
 from .replay import InputRecorder, compare_outputs, first_rows
 from .report import CompressionReport
 from .schedule import cut_steps
@@ -105,10 +105,11 @@ class Compressor:
         self.steps = cut_steps(config.schedule, total_steps, warmup_steps)
         self.history: list[dict[str, Any]] = [] if history is None else history
         self.global_step = 0
-        # A fixed target is reached once; a second run of the same script on the same model has nothing left to cut.
-        self.stopped = config.state_size is not None and any(entry["status"] == "cut" for entry in self.history)
-        if not self.stopped:
-            self._check_target()
+        # A second run of the same script on the same model has nothing left to cut.
+        self.stopped = self._target_is_reached()
+        if config.state_size is not None and not self.stopped:
+            for name, mixer in find_mixers(self.model).items():
+                fixed_target(config, name, mixer.state_size)
         self._warn_of_untrained_states()
         self._done_until = 0
         self._announced_wait = False
@@ -198,6 +199,7 @@ class Compressor:
         self.history.append({"status": "cut", "scheduled_step": scheduled, **report.to_dict()})
         self._announced_wait = False
         self.state_size = report.state_size_after
+        self.stopped = self._target_is_reached()
         self.recorder.wanted_tokens = self.wanted_tokens
         self._record_if_soon_due()
         return report
@@ -259,6 +261,7 @@ class Compressor:
         """
         self._repair_wrapper()
         self.state_size = max(mixer.state_size for mixer in find_mixers(self.model).values())
+        self.recorder.wanted_tokens = self.wanted_tokens
         for entry in self.history:
             if entry["status"] == "cut" and max(l["state_size_after"] for l in entry["layers"]) < self.state_size:
                 entry["status"] = "undone by loading"
@@ -273,15 +276,29 @@ class Compressor:
         if self.ddp is not None and reducer_is_stale(self.ddp):
             rebuild_reducer(self.ddp, [])
 
-    def _check_target(self) -> None:
-        target = self.config.state_size
-        if is_whole(target):
-            for name, mixer in find_mixers(self.model).items():
-                if target >= mixer.state_size:
-                    raise ValueError(
-                        f"layer {name}: target state_size {target} is not below the current {mixer.state_size}; "
-                        f"choose 1..{mixer.state_size - 1}"
-                    )
+    @property
+    def _size_at_first(self) -> int:
+        """The state size before the first cut: what a target given as a fraction refers to."""
+        sizes = (layer["state_size_before"] for entry in self._cuts for layer in entry["layers"])
+        return max(sizes, default=self.state_size)
+
+    @property
+    def _cuts(self) -> list[dict[str, Any]]:
+        return [entry for entry in self.history if entry["status"] == "cut"]
+
+    def _target(self) -> int:
+        size = fixed_state_size(self.config.state_size, self._size_at_first)
+        return round_up(size, self.config.multiple_of)
+
+    def _target_is_reached(self) -> bool:
+        return self.config.state_size is not None and bool(self._cuts) and self.state_size <= self._target()
+
+    def _next_size(self, remaining: int) -> int:
+        """Several cuts approach the target geometrically; each takes at least one state, or `multiple_of` of them."""
+        multiple = self.config.multiple_of
+        smallest = min(mixer.state_size for mixer in find_mixers(self.model).values())
+        size = round(self.state_size * (self._target() / self.state_size) ** (1 / remaining))
+        return max(self._target(), min(round_up(size, multiple), (smallest - 1) // multiple * multiple))
 
     def _warn_of_untrained_states(self) -> None:
         """An optimizer that was built before the model was resized would silently leave layers as they are."""
@@ -298,12 +315,8 @@ class Compressor:
 
     def _plan(self, statistics: dict, remaining: int) -> CompressionPlan:
         config = self.config
-        if is_whole(config.state_size) and remaining > 1:
-            # Several cuts approach the target geometrically.
-            size = self.state_size * (config.state_size / self.state_size) ** (1 / remaining)
-            config = dataclasses.replace(config, state_size=round(size))
-        elif isinstance(config.state_size, float):
-            config = dataclasses.replace(config, state_size=config.state_size ** (1 / len(self.steps)))
+        if config.state_size is not None and (remaining > 1 or self._cuts):
+            config = dataclasses.replace(config, state_size=self._next_size(remaining))
         plan = plan_compression(self.model, statistics, config, across_processes=True)
         device = next(self.model.parameters()).device
         plan = CompressionPlan.from_bytes(broadcast_bytes(plan.to_bytes(), device))

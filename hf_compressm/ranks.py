@@ -63,15 +63,7 @@ def choose_state_size(
     name, first = next(iter(statistics.items()))
     present = first.state_size
     if config.state_size is not None:
-        size = fixed_state_size(config.state_size, present)
-        kept = _round_up(size, config.multiple_of)
-        if kept >= present:
-            rounded = "" if kept == size else f" (rounded up from {size} to a multiple of {config.multiple_of})"
-            raise ValueError(
-                f"layer {name}: target state_size {kept}{rounded} is not below the current {present}; "
-                f"choose 1..{present - 1}"
-            )
-        return kept
+        return fixed_target(config, name, present)
     if config.tolerance is not None:
         wanted = max(states_for_tolerance(error_curves[layer], config.tolerance) for layer in statistics)
     else:
@@ -80,8 +72,25 @@ def choose_state_size(
             for layer in statistics.values()
             for values in hankel_singular_values(layer)
         )
-    kept = _round_up(wanted, config.multiple_of)
+    kept = round_up(wanted, config.multiple_of)
     return kept if kept < config.max_kept_fraction * present else present
+
+
+def fixed_target(config: CompreSSMConfig, layer: str, present: int) -> int:
+    """The number of states that a fixed `state_size` leaves a layer, rounded up to a multiple of `multiple_of`.
+
+    Raises:
+        ValueError: it is not below the present number.
+    """
+    size = fixed_state_size(config.state_size, present)
+    kept = round_up(size, config.multiple_of)
+    if kept >= present:
+        rounded = "" if kept == size else f" (rounded up from {size} to a multiple of {config.multiple_of})"
+        raise ValueError(
+            f"layer {layer}: target state_size {kept}{rounded} is not below the current {present}; "
+            f"choose 1..{present - 1}"
+        )
+    return kept
 
 
 def fixed_state_size(target: int | float, present: int) -> int:
@@ -89,5 +98,5 @@ def fixed_state_size(target: int | float, present: int) -> int:
     return target if is_whole(target) else max(1, round(target * present))
 
 
-def _round_up(size: int, multiple: int) -> int:
+def round_up(size: int, multiple: int) -> int:
     return math.ceil(size / multiple) * multiple

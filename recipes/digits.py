@@ -42,7 +42,7 @@ PIXEL_VALUES = 17
 QUERY = PIXEL_VALUES
 FIRST_DIGIT = QUERY + 1
 VOCABULARY = FIRST_DIGIT + 10
-CARD_TEMPLATE = Path(__file__).parents[1] / "hub_cards" / "compressed_model.md"
+CARD_TEMPLATE = Path(__file__).parents[1] / "hub_cards" / "digits.md"
 
 
 @dataclass
@@ -178,7 +178,7 @@ def write_card(output: Path, arguments: DemoArguments, config: CompreSSMConfig, 
         library_name="transformers", tags=["mamba", "state-space-model", "compressm"], license="apache-2.0"
     )
     card = ModelCard.from_template(
-        data, template_path=str(CARD_TEMPLATE), results=results, arguments=arguments, config=config.to_dict()
+        data, template_path=str(CARD_TEMPLATE), results=results, arguments=vars(arguments), config=config.to_dict()
     )
     card.save(output / "README.md")
 
@@ -247,6 +247,8 @@ def main() -> None:
     results = {
         "state_size_before": before.measured["state_size"],
         "state_size_after": after.measured["state_size"],
+        "parameters_before": before.measured["parameters"],
+        "parameters_after": after.measured["parameters"],
         "step_ms_before": ms[before.measured["state_size"]],
         "step_ms_after": ms[after.measured["state_size"]],
         "step_speedup": ms[before.measured["state_size"]] / ms[after.measured["state_size"]],

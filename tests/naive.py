@@ -106,15 +106,22 @@ def run_mixer(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: tor
             for d in range(inner):
                 gain = silu(z[d]) ** 2 * (P["out_proj.weight"][:, d] ** 2).sum()
                 if second:
-                    of_group = passed_on[run.group == run.group[d]]
-                    square = (of_group**2).mean() + mixer.norm.variance_epsilon
+                    together = norm_size(mixer)
+                    first = d // together * together
+                    square = (passed_on[first : first + together] ** 2).mean() + mixer.norm.variance_epsilon
                     gain *= P["norm.weight"][d] ** 2 / square
                 run.weight[b, t, d] = gain * mask[b, t]
             if second:
-                squares = np.repeat((passed_on.reshape(groups, -1) ** 2).mean(1), per_group)
+                together = norm_size(mixer)
+                squares = np.repeat((passed_on.reshape(-1, together) ** 2).mean(1), together)
                 passed_on = P["norm.weight"] * passed_on / np.sqrt(squares + mixer.norm.variance_epsilon)
             run.output[b, t] = linear(P, "out_proj", passed_on)
     return run
+
+
+def norm_size(mixer) -> int:
+    """How many channels Mamba-2's gated norm takes together: those of a group, in older Transformers all."""
+    return getattr(mixer.norm, "group_size", mixer.intermediate_size)
 
 
 def kept_part(name: str, tensor: torch.Tensor, kept: list[list[int]], size: int = 8) -> torch.Tensor:

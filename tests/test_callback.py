@@ -308,16 +308,21 @@ def test_one_cut_at_a_fifth_and_never_in_warm_up(tmp_path, tiny, warmup, step):
 
 
 @pytest.mark.parametrize(
-    "schedule, target, steps, sizes",
+    "schedule, target, multiple, steps, sizes",
     [
-        ([3, 0.5], 4, [3, 10], [6, 4]),
-        ("compressm", 2, [1, 2, 3, 4], [6, 4, 3, 2]),
-        ([2, 5], 0.25, [2, 5], [4, 2]),
-        ([2, 3, 4], 3, [2, 3, 4], [6, 4, 3]),
+        ([3, 0.5], 4, 1, [3, 10], [6, 4]),
+        ("compressm", 2, 1, [1, 2, 3, 4], [6, 4, 3, 2]),
+        ([2, 5], 0.25, 1, [2, 5], [4, 2]),
+        ([2, 3, 4], 0.4, 1, [2, 3, 4], [6, 4, 3]),
+        # Each cut takes a state at least, and what is not needed is not made.
+        ("compressm", 6, 1, [1, 2], [7, 6]),
+        ("compressm", 0.9, 1, [1], [7]),
+        ([2, 5], 3, 4, [2], [4]),
+        ([2, 5, 7], 1, 2, [2, 5], [6, 4, 2]),
     ],
 )
-def test_several_cuts_end_at_the_target(tiny, tmp_path, schedule, target, steps, sizes):
-    callback = CompreSSMCallback(config(schedule=schedule, state_size=target))
+def test_several_cuts_end_at_the_target(tiny, tmp_path, schedule, target, multiple, steps, sizes):
+    callback = CompreSSMCallback(config(schedule=schedule, state_size=target, multiple_of=multiple))
     steps_of_training = 40 if schedule == "compressm" else 20
     model = lively(tiny.build())
     run(model, tmp_path, [callback], max_steps=steps_of_training)
@@ -369,9 +374,17 @@ def test_inputs_are_kept_only_shortly_before_the_cut(tiny, tmp_path):
 # What it refuses, and what it goes on without.
 
 
-@pytest.mark.parametrize("target", [8, 9])
-def test_a_target_that_is_not_below_n_is_refused_when_training_begins(tiny, tmp_path, target):
-    trainer = build_trainer(lively(tiny.build()), tmp_path, [CompreSSMCallback(config(state_size=target))])
+@pytest.mark.parametrize(
+    "options, target",
+    [
+        ({"state_size": 8}, "8"),
+        ({"state_size": 9}, "9"),
+        ({"state_size": 0.99}, "8"),
+        ({"state_size": 5, "multiple_of": 4}, r"8 \(rounded up from 5 to a multiple of 4\)"),
+    ],
+)
+def test_a_target_that_is_not_below_n_is_refused_when_training_begins(tiny, tmp_path, options, target):
+    trainer = build_trainer(lively(tiny.build()), tmp_path, [CompreSSMCallback(config(**options))])
     with pytest.raises(ValueError, match=rf"layers\.0\.mixer: target state_size {target} is not below the current 8"):
         trainer.train()
     assert trainer.state.global_step == 0

@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+import scipy.sparse.linalg
 import torch
 from conftest import TINY, lively, tokens
 from naive import NaiveRun, run_mixer
@@ -68,8 +69,8 @@ def naive_penalty(run: NaiveRun, kept: list[int]) -> np.ndarray:
     return np.kron(np.diag(H_SS), C.T @ C / len(C))
 
 
-def dense_optimum(run: NaiveRun, kept: list[int], penalty: float) -> np.ndarray:
-    """The minimum of Σ w (y − h_S·M C)² + λ tr(diag(H̄_SS)(M−M₀) Ω/T (M−M₀)ᵀ), from its (r N) × (r N) equations."""
+def normal_equations(run: NaiveRun, kept: list[int], penalty: float) -> tuple[np.ndarray, np.ndarray]:
+    """Σ w (y − h_S·M C)² + λ tr(diag(H̄_SS)(M−M₀) Ω/T (M−M₀)ᵀ) as (r N) × (r N) equations in M − M₀, row by row."""
     size, rank = run.h.shape[-1], len(kept)
     M0 = naive_mean_field(run, kept)
     normal, right = penalty * naive_penalty(run, kept), np.zeros(rank * size)
@@ -80,7 +81,12 @@ def dense_optimum(run: NaiveRun, kept: list[int], penalty: float) -> np.ndarray:
             feature = np.outer(h, C).ravel()
             normal += w * np.outer(feature, feature)
             right += w * (run.y[b, t, d] - h @ M0 @ C) * feature
-    return M0 + np.linalg.solve(normal, right).reshape(rank, size)
+    return normal, right
+
+
+def dense_optimum(run: NaiveRun, kept: list[int], penalty: float) -> np.ndarray:
+    change = np.linalg.solve(*normal_equations(run, kept, penalty))
+    return naive_mean_field(run, kept) + change.reshape(len(kept), -1)
 
 
 def refit(mixer: Mixer, statistics: StateStatistics, steps: int = 10, kept: list[int] = KEPT, **options):
@@ -123,6 +129,22 @@ def test_enough_steps_reach_the_dense_optimum(seed, penalty):
     expected = dense_optimum(run, KEPT, penalty)
     np.testing.assert_allclose(result.matrix.numpy(), expected, rtol=1e-2, atol=1e-2)
     assert result.relative_error == pytest.approx(relative_error(run, expected, KEPT), rel=1e-3)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 6])
+def test_steps_are_those_of_preconditioned_conjugate_gradients(steps):
+    """scipy's, on the dense equations, with the preconditioner (H̄_SS + ridge)⁻¹ ⊗ (Ω/T + ridge)⁻¹."""
+    mixer, statistics = layer()
+    run = naive(mixer, statistics)
+    normal, right = normal_equations(run, KEPT, PENALTY)
+    H = np.einsum("btd,btdm,btdn->mn", run.weight, run.h, run.h)[np.ix_(KEPT, KEPT)]
+    C = run.C[:, :, 0][run.mask > 0]
+    inverses = [
+        np.linalg.inv(matrix + 1e-3 * np.diag(matrix).mean() * np.eye(len(matrix))) for matrix in (H, C.T @ C / len(C))
+    ]
+    change, _ = scipy.sparse.linalg.cg(normal, right, rtol=0.0, maxiter=steps, M=np.kron(*inverses))
+    expected = naive_mean_field(run, KEPT) + change.reshape(len(KEPT), SIZE)
+    np.testing.assert_allclose(refit(mixer, statistics, steps=steps).matrix.numpy(), expected, rtol=1e-2, atol=1e-3)
 
 
 def test_every_step_lowers_what_is_minimised():

@@ -585,8 +585,8 @@ class TestCheckOptimizer:
             check_optimizer(model, optimizer)
 
 
-def test_a_model_too_large_for_one_group_of_configs():
-    """Two models that share one config object are ruled together."""
+def test_models_that_share_a_config_keep_one_size():
+    """One config object holds one number, however many models it belongs to."""
     config = MambaConfig(vocab_size=16, hidden_size=16, state_size=8, num_hidden_layers=1)
     both = nn.ModuleList([MambaModel(config), MambaModel(config)])
     plan = selection_plan(both, [0, 2, 7])

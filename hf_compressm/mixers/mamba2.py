@@ -81,6 +81,8 @@ def scan_inputs(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: t
         mask=mask,
         D=_per_channel(mixer, mixer.D.float()),
         norm_epsilon=mixer.norm.variance_epsilon,
+        # Before Transformers 5.18 or so, the norm took all channels together.
+        norm_size=getattr(mixer.norm, "group_size", inner),
     )
 
 

@@ -75,6 +75,7 @@ class ScanInputs:
         mask: 1 for a real token and 0 for padding, shape (batch, length).
         D: the skip's weight, shape (groups, channels).
         norm_epsilon: of the gated RMS norm behind the scan (Mamba-2); None where there is none.
+        norm_size: how many neighbouring channels the norm divides by one root mean square.
     """
 
     delta: torch.Tensor
@@ -87,6 +88,7 @@ class ScanInputs:
     mask: torch.Tensor
     D: torch.Tensor
     norm_epsilon: float | None = None
+    norm_size: int | None = None
 
     def weight(self, y: torch.Tensor, start: int) -> torch.Tensor:
         """How much a squared error of y_t[g,d] counts in what the layer passes on: silu(z)² ‖W_out[:,d]‖².
@@ -105,7 +107,9 @@ class ScanInputs:
         weight = (gate * self.gain) ** 2
         if self.norm_epsilon is not None:
             normed = (y + self.D * self.x[:, time].transpose(0, 1)) * gate
-            weight = weight / (normed.square().mean(-1, keepdim=True) + self.norm_epsilon)
+            together = normed.square().flatten(-2).unflatten(-1, (-1, self.norm_size))
+            mean_square = together.mean(-1, keepdim=True).expand_as(together).reshape(y.shape)
+            weight = weight / (mean_square + self.norm_epsilon)
         return weight * self.mask[:, time].transpose(0, 1)[..., None, None]
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import TINY
 from torch import nn
-from transformers import FalconMambaConfig, FalconMambaModel, JambaConfig, JambaModel
+from transformers import FalconMambaConfig, FalconMambaModel, JambaConfig, JambaModel, PreTrainedModel
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
@@ -40,6 +40,20 @@ def test_finds_models_inside_other_modules(tiny):
         assert mixer.name == name and mixer.module is both.get_submodule(name)
         owner = both["first"] if name.startswith("first") else both["second"][1]
         assert mixer.config is owner.config
+
+
+def test_the_innermost_config_rules(tiny):
+    """A composite model may have a state_size of its own, as that of a part that is no mixer."""
+
+    class Composite(PreTrainedModel):
+        config_class = tiny.config_class
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.body = tiny.build_base()
+
+    model = Composite(tiny.config(state_size=99))
+    assert all(mixer.config is model.body.config for mixer in find_mixers(model).values())
 
 
 def test_finds_mixers_of_different_architectures_side_by_side():
