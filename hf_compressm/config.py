@@ -54,7 +54,7 @@ class CompreSSMConfig:
         "How states are ranked; auto is `refit` for Mamba-1 and `ghost` for Mamba-2. See hf_compressm.criteria.",
     )
     refit: bool = _option(True, "Refit the readout C of the kept states in closed form (Mamba-1 layouts only).")
-    refit_steps: int = _option(20, "Conjugate-gradient steps of the refit; 0 keeps the mean-field start.")
+    refit_steps: int = _option(10, "Conjugate-gradient steps of the refit; 0 keeps the mean-field start.")
     refit_penalty: float = _option(0.001, "Weight lambda that draws the refit towards its mean-field start.")
     calibration_tokens: int | None = _option(
         None, "Tokens, over all processes, that a cut is measured on. None: max(4096, 2 r N)."

@@ -98,7 +98,7 @@ def refit_readout(
         fitted = _conjugate_gradients(system, H_SS, omega, steps, penalty, total)
         fitted_error = total(system.error_after(fitted))
         if fitted_error < error:
-            change, error, method = fitted.double().cpu(), fitted_error, "conjugate gradients"
+            change, error, method = fitted.cpu(), fitted_error, "conjugate gradients"
     relative = (error.clamp_min(0) / energy.clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
     return Readout((start + change).float(), float(relative), method)
 
@@ -115,7 +115,7 @@ class _TokenSystems:
 
     def error_after(self, change: torch.Tensor) -> torch.Tensor:
         """Σ w (y−ŷ)² with the readout M₀ + change."""
-        v = self.C @ change.T
+        v = self.C @ change.float().T
         Gv = (self.gram @ v[..., None]).squeeze(-1)
         return (self.error + ((Gv - 2 * self.p) * v).sum(-1)).sum()
 
@@ -157,19 +157,24 @@ def _conjugate_gradients(
     penalty: float,
     total: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
-    """M − M₀ after the given number of steps, shape (r, N), float32, on the system's device."""
-    gram, p, C, device = system.gram, system.p, system.C, system.C.device
-    scale = H_SS.diagonal().to(device, torch.float32)[:, None]
-    omega32 = omega.to(device, torch.float32)
-    left = torch.linalg.inv(_with_ridge(H_SS, PRECONDITIONER_RIDGE)).to(device, torch.float32)
-    right = torch.linalg.inv(_with_ridge(omega, PRECONDITIONER_RIDGE)).to(device, torch.float32)
+    """M − M₀ after the given number of steps, shape (r, N), float64, on the system's device.
+
+    Only the products with each token's Gram matrix are in float32. In float32 throughout, the steps would amplify the
+    order in which tokens are summed up, and two processes would not find what one finds.
+    """
+    C, device = system.C.double(), system.C.device
+    omega = omega.to(device)
+    scale = H_SS.diagonal().to(device)[:, None]
+    left = torch.linalg.inv(_with_ridge(H_SS, PRECONDITIONER_RIDGE)).to(device)
+    right = torch.linalg.inv(_with_ridge(omega.cpu(), PRECONDITIONER_RIDGE)).to(device)
 
     def apply(D: torch.Tensor) -> torch.Tensor:
-        Gv = (gram @ (C @ D.T)[..., None]).squeeze(-1)
-        return total(Gv.T @ C) + penalty * scale * (D @ omega32)
+        v = (C @ D.T).float()
+        Gv = (system.gram @ v[..., None]).squeeze(-1)
+        return total(Gv.double().T @ C) + penalty * scale * (D @ omega)
 
-    change = torch.zeros(len(left), len(right), device=device)
-    residual = total(p.T @ C)
+    change = torch.zeros(len(left), len(right), dtype=torch.float64, device=device)
+    residual = total(system.p.double().T @ C)
     preconditioned = left @ residual @ right
     direction = preconditioned
     rho = (residual * preconditioned).sum()

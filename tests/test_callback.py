@@ -318,7 +318,7 @@ def test_one_cut_at_a_fifth_and_never_in_warm_up(tmp_path, tiny, warmup, step):
         ("compressm", 6, 1, [1, 2], [7, 6]),
         ("compressm", 0.9, 1, [1], [7]),
         ([2, 5], 3, 4, [2], [4]),
-        ([2, 5, 7], 1, 2, [2, 5], [6, 4, 2]),
+        ([2, 5, 7], 1, 2, [2, 5, 7], [6, 4, 2]),
     ],
 )
 def test_several_cuts_end_at_the_target(tiny, tmp_path, schedule, target, multiple, steps, sizes):

@@ -1,0 +1,70 @@
+"""The stock Trainer in two real processes, against one process with the doubled batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from launch import torchrun
+from train_worker import SCENARIOS
+
+WORKER = Path(__file__).with_name("train_worker.py")
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> dict[str, dict]:
+    """Results by process: `0` and `1` of the two, `alone` of the one."""
+    output = tmp_path_factory.mktemp("runs")
+    torchrun(WORKER, str(output))
+    tests = str(Path(__file__).parents[1])
+    alone = subprocess.run(
+        [sys.executable, str(WORKER), str(output)],
+        env=os.environ | {"PYTHONPATH": tests, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert alone.returncode == 0, alone.stderr[-8000:]
+    files = {"0": "2-0.json", "1": "2-1.json", "alone": "1-0.json"}
+    return {name: json.loads((output / file).read_text()) for name, file in files.items()}
+
+
+@pytest.mark.parametrize("scenario", [*SCENARIOS, "ragged", "uninterrupted", "resumed from 2", "resumed from 4"])
+def test_processes_are_bit_identical(runs, scenario):
+    """Weights, optimizer moments and what was cut."""
+    first, second = runs["0"][scenario], runs["1"][scenario]
+    assert first["state_size"] == 4 and first["status"] == ["cut"]
+    for what in ("weights", "moments", "kept", "relative_error"):
+        assert first[what] == second[what]
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_two_processes_equal_one_with_the_doubled_batch(runs, scenario):
+    two, one = runs["0"][scenario], runs["alone"][scenario]
+    assert two["kept"] == one["kept"]
+    assert two["relative_error"] == pytest.approx(one["relative_error"], rel=1e-3)
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("scenario", ["resumed from 2", "resumed from 4"])
+def test_a_resumed_run_equals_the_uninterrupted_one(runs, scenario):
+    for process in ("0", "1"):
+        assert runs[process][scenario]["kept"] == runs[process]["uninterrupted"]["kept"]
+        assert runs[process][scenario]["weights"] == runs[process]["uninterrupted"]["weights"]
+
+
+def test_non_finite_states_of_one_process_skip_the_cut_on_all(runs):
+    for process in ("0", "1"):
+        assert runs[process]["poisoned"]["status"] == ["skipped"]
+        assert runs[process]["poisoned"]["state_size"] == 8
+
+
+def test_different_plans_are_refused_on_every_process(runs):
+    for process in ("0", "1"):
+        assert "different versions of the plan" in runs[process]["different plans"]
