@@ -32,7 +32,7 @@ format: $(VENV)/.ready  ## put the code into style
 	$(RUN) -m ruff format .
 
 bench: $(VENV)/.ready  ## measure step times, the cost of a cut and its memory; writes recipes/bench/results/
-	$(MALLOC) $(RUN) -m recipes.bench.speed
+	$(MALLOC) $(RUN) recipes/bench/speed.py
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache

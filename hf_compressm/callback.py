@@ -103,6 +103,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if self.progress:
             self.compressor.load_state_dict(self.progress | {"history": self.history})
             self._load_recorded_inputs(args, state)
+        self.progress["output_dir"] = str(Path(args.output_dir).absolute())
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -201,10 +202,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.progress = {} if saved is None else saved["attributes"]["progress"]
 
     def _load_recorded_inputs(self, args: TrainingArguments, state: TrainerState) -> None:
-        directories = [Path(args.output_dir) / f"checkpoint-{state.global_step}"]
-        if args.resume_from_checkpoint and args.resume_from_checkpoint is not True:
-            directories.insert(0, Path(str(args.resume_from_checkpoint)))
-        for directory in directories:
+        """Callbacks are not told which checkpoint train() was given: look where it was written, unless it is named."""
+        named, folders = args.resume_from_checkpoint, (self.progress.get("output_dir"), args.output_dir)
+        candidates = [Path(folder) / f"checkpoint-{state.global_step}" for folder in folders if folder]
+        for directory in [Path(named), *candidates] if isinstance(named, str) else candidates:
             batches = load_inputs(directory, _rank())
             if batches is not None:
                 self.compressor.recorder.batches.extend(batches)

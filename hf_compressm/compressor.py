@@ -160,10 +160,10 @@ class Compressor:
                     "tokens have passed by"
                 )
             return None
-        return self.cut()
+        return self._cut(remaining=len([step for step in self.pending if step > self.global_step]) + 1)
 
     def cut(self) -> CompressionReport | None:
-        """Cut now, on the inputs recorded so far.
+        """Cut now, all the way to the target, on the inputs recorded so far.
 
         Returns:
             The report, or None if the cut was skipped; `history` says why.
@@ -172,9 +172,12 @@ class Compressor:
             NonFiniteError: non-finite statistics or parameters, if the config says so.
             ValueError: nothing was recorded yet.
         """
+        return self._cut(remaining=1)
+
+    def _cut(self, remaining: int) -> CompressionReport | None:
+        """Cut now, and leave the rest of the way to the other `remaining` - 1 cuts."""
         if not self.recorder.batches:
             raise ValueError("no input has been recorded yet; run at least one training step before the cut")
-        remaining = len([step for step in self.pending if step > self.global_step]) + 1
         scheduled = max((step for step in self.pending if step <= self.global_step), default=self.global_step)
         seconds: dict[str, float] = {}
         try:
@@ -327,13 +330,15 @@ class Compressor:
         batch = first_rows(self.recorder.batches[-1], CHECK_TOKENS)
         with _timed(seconds, "check"):
             before = compare_outputs(self.model, batch)
+        snapshot = None
         if self.config.pragmatic:
             with _timed(seconds, "snapshot"):
-                self._snapshot = self._take_snapshot()
+                snapshot = self._take_snapshot()
         with _timed(seconds, "apply"):
             report = compress_(self.wrapped, plan, self.optimizer)
             if self.optimizer is not None:
                 check_optimizer(self.model, self.optimizer)
+        self._snapshot = snapshot
         with _timed(seconds, "check"):
             loss_after, divergence = compare_outputs(self.model, batch, before)
         report.step = self.global_step

@@ -76,6 +76,7 @@ TRAINING_DEFAULTS = {
     "save_total_limit": 2,
     "log_level_replica": "error",
     "dataloader_pin_memory": torch.cuda.is_available(),
+    "ddp_find_unused_parameters": False,
 }
 
 

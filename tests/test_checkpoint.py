@@ -328,9 +328,7 @@ def test_resume_on_either_side_of_the_cut(tiny, tmp_path, kind):
     # Before the inputs are recorded, and the last step of that; while they are; just before, after and long after.
     for step in (1, 3, 6, CUT - 1, CUT, STEPS - 1):
         trainer, callback = saving_trainer(tiny.build(seed=1), tmp_path / "resumed", save_strategy="no", **options)
-        # The inputs lie in the checkpoint that the arguments name.
-        trainer.args.resume_from_checkpoint = str(tmp_path / f"checkpoint-{step}")
-        trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         if kind == "callback states restored":
             # The Trainer has put a new instance into the callback's place.
             (callback,) = (item for item in trainer.callback_handler.callbacks if isinstance(item, CompreSSMCallback))
@@ -352,6 +350,19 @@ def test_resume_from_the_last_checkpoint_in_the_same_folder(tiny, tmp_path):
         resumed[0].train(resume_from_checkpoint=True)
         assert resumed[0]._initial_global_step == step
         assert_same_run(resumed, whole)
+
+
+@pytest.mark.parametrize("where", ["named", "in the output folder"])
+def test_resume_from_a_checkpoint_that_was_moved(tiny, tmp_path, where):
+    whole = saving_trainer(lively(tiny.build()), tmp_path / "old", save_steps=6)
+    whole[0].train()
+    (tmp_path / "old").rename(tmp_path / "moved")
+    checkpoint = str(tmp_path / "moved" / "checkpoint-6")
+    options = {"resume_from_checkpoint": checkpoint} if where == "named" else {}
+    directory = tmp_path / ("new" if where == "named" else "moved")
+    resumed = saving_trainer(tiny.build(seed=1), directory, save_strategy="no", **options)
+    resumed[0].train(resume_from_checkpoint=checkpoint)
+    assert_same_run(resumed, whole)
 
 
 def test_resume_in_the_same_trainer(tiny, tmp_path):
