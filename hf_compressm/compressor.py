@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
 import time
 from collections.abc import Iterator
@@ -62,7 +64,7 @@ class Compressor:
     Raises:
         ValueError: no mixer, a target that is not below N, or a schedule without a cut.
         TypeError: an unsupported mixer or optimizer.
-        RuntimeError: a sharded model (FSDP, DeepSpeed).
+        RuntimeError: a sharded model (FSDP, DeepSpeed), or processes with different configs.
 
     Example:
         >>> from transformers import MambaConfig, MambaForCausalLM
@@ -101,6 +103,9 @@ class Compressor:
                 "several processes train this model, but it is not wrapped in DistributedDataParallel; give the "
                 "Compressor the model that accelerator.prepare or DDP returned"
             )
+        settings = json.dumps(config.to_dict(), sort_keys=True).encode()
+        device = next(self.model.parameters()).device
+        check_same_everywhere(hashlib.sha256(settings).hexdigest(), "the config", device)
         self.state_size = max(mixer.state_size for mixer in find_mixers(self.model).values())
         self.steps = cut_steps(config.schedule, total_steps, warmup_steps)
         self.history: list[dict[str, Any]] = [] if history is None else history

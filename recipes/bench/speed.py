@@ -54,7 +54,7 @@ class Workload:
 
 WORKLOADS = {
     "cpu": Workload(),
-    "quick": Workload(hidden_size=16, batch=4, length=32, rounds=3, sizes=(32, 8), cuts=((32, 8),)),
+    "quick": Workload(hidden_size=16, batch=32, length=64, rounds=2, sizes=(32, 8), cuts=((32, 8),)),
     "cuda": Workload(hidden_size=768, layers=4, batch=8, length=1024, rounds=25),
 }
 
