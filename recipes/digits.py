@@ -54,7 +54,7 @@ class DemoArguments:
     target_state_size: int = field(default=12, metadata={"help": "N after the cut."})
     hidden_size: int = field(default=64, metadata={"help": "Width of the model."})
     layers: int = field(default=2, metadata={"help": "Number of Mamba layers."})
-    steps: int = field(default=2000, metadata={"help": "Training steps."})
+    steps: int = field(default=1500, metadata={"help": "Training steps."})
     cut_at: float = field(default=0.1, metadata={"help": "The share of training after which the state is cut."})
     batch_size: int = field(default=16, metadata={"help": "Digits per step."})
     learning_rate: float = field(default=1e-2, metadata={"help": "Peak learning rate."})
