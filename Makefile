@@ -18,7 +18,7 @@ demo: $(VENV)/.ready  ## train a Mamba on digits, shrink its state from 128 to 1
 	$(MALLOC) $(RUN) recipes/digits.py
 
 test: $(VENV)/.ready  ## run all tests
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 
 test-distributed: $(VENV)/.ready  ## run the tests that start several processes
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m distributed

@@ -145,6 +145,32 @@ def test_state_dict_is_plain_and_enough(tiny):
     assert (other.pending, other.global_step, other.state_size) == ([50], 2, 6)
 
 
+def test_the_same_inputs_are_recorded_after_a_resume(tiny):
+    # Two batches of 48 tokens are wanted at step 8, so the last four steps are recorded; but batches become shorter.
+    lengths = [12] * 5 + [3] * 5
+
+    def train(compressor: Compressor, first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            compressor.model.train()(tokens(4, lengths[step - 1], seed=step))
+            compressor.step(step)
+
+    def start() -> Compressor:
+        return Compressor(config(schedule=[8], calibration_tokens=96), lively(tiny.build()), total_steps=10)
+
+    whole = start()
+    train(whole, 1, 3)
+    state = whole.state_dict()
+    train(whole, 4, 10)
+    assert [(entry["step"], entry["tokens"]) for entry in whole.history] == [(9, 96)]
+    resumed = start()
+    resumed.load_state_dict(state | {"history": []})
+    train(resumed, 4, 10)
+    assert [layer["kept"] for layer in resumed.history[0]["layers"]] == [
+        layer["kept"] for layer in whole.history[0]["layers"]
+    ]
+    assert (resumed.history[0]["step"], resumed.history[0]["tokens"]) == (9, 96)
+
+
 def test_the_step_may_be_told_or_counted(tiny):
     for told in (True, False):
         model, optimizer, compressor = seen_once(tiny, schedule=[5])
@@ -366,6 +392,15 @@ def test_wanted_tokens(tiny, options, wanted):
 def test_a_large_state_wants_more_tokens(options, wanted):
     model = TINY["mamba"].build(state_size=64)
     assert Compressor(CompreSSMConfig(**options), model, total_steps=10).wanted_tokens == wanted
+
+
+def test_smaller_weights_want_fewer_tokens():
+    tiny = TINY["mamba"]
+    compressor = Compressor(CompreSSMConfig(state_size=48), tiny.build(state_size=64), total_steps=10)
+    assert compressor.recorder.wanted_tokens == 2 * 48 * 64
+    compressor.model.load_state_dict(tiny.build(state_size=56).state_dict())
+    compressor.follow_loaded_weights()
+    assert compressor.recorder.wanted_tokens == compressor.wanted_tokens == 2 * 48 * 56
 
 
 class Strange(torch.optim.SGD):

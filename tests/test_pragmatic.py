@@ -244,27 +244,34 @@ def test_resume_before_a_cut_that_is_taken_back(tiny, tmp_path):
     assert_same_weights(resumed, whole)
 
 
-def test_the_best_model_is_one_that_was_saved(tiny, tmp_path):
-    # Evaluations after steps 3 (asked for), 5 to 6 (not made), 7 (verdict) and 10.
-    metric = Metric(0.9, 0.95, 0.1)
-    callback = pragmatic()
+@pytest.mark.parametrize(
+    "scores, best, size",
+    [
+        ((0.95, 0.94, 0.1), 3, 8),
+        ((0.9, 0.95, 0.1), 7, 4),
+        ((0.9, 0.95, 0.99), 10, 4),
+        ((0.9, 0.5, 0.1), 3, 8),
+    ],
+)
+def test_the_best_model_is_one_that_was_saved(tiny, tmp_path, scores, best, size):
     trainer = pragmatic_trainer(
         lively(tiny.build()),
         tmp_path,
-        callback,
-        metric=metric,
+        pragmatic(),
+        metric=Metric(*scores),
         metric_for_best_model="score",
         load_best_model_at_end=True,
         eval_strategy="steps",
         save_strategy="steps",
         eval_steps=5,
-        save_steps=5,
+        save_steps=10,
     )
     trainer.train()
-    evaluated = [entry["step"] for entry in trainer.state.log_history if "eval_score" in entry]
-    assert evaluated == [3, 7, 10, 12]
-    assert trainer.state.best_global_step == 7
-    assert trainer.state.best_model_checkpoint == str(tmp_path / "checkpoint-7")
+    # Before the cut and at its verdict it was asked for; the one due between is not made.
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_score" in entry] == [3, 7, 10, 12]
+    assert trainer.state.best_global_step == best
+    assert trainer.state.best_model_checkpoint == str(tmp_path / f"checkpoint-{best}")
+    assert trainer.model.config.state_size == size
 
 
 def test_several_evaluation_sets(tiny, tmp_path):

@@ -12,7 +12,7 @@ def torchrun(script: Path, *arguments: str, processes: int = 2, timeout: float =
     """Run a script under torchrun with gloo, and fail with its output if it fails."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1])]),
+        "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     result = subprocess.run(
         [

