@@ -122,7 +122,7 @@ class Compressor:
         self._snapshot: dict[str, Any] | None = None
         self.recorder = InputRecorder(self.model, self.wanted_tokens)
         resize_while_loading(self.model, self._follow_resize)
-        self._repair_wrapper()
+        self.follow_loaded_weights()
 
     @property
     def pending(self) -> list[int]:

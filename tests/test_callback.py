@@ -235,6 +235,18 @@ def test_a_second_call_of_train_goes_on_with_the_small_model(tiny, tmp_path):
     assert_same_training(cut, uncut)
 
 
+def test_a_new_model_in_each_call_of_train_is_cut_anew(tiny, tmp_path):
+    callback = CompreSSMCallback(config())
+    trainer = build_trainer(None, tmp_path, [callback], model_init=lambda: lively(tiny.build()))
+    kept = []
+    for statuses in (["cut"], ["undone by loading", "cut"]):
+        trainer.train()
+        assert trainer.model.config.state_size == 4
+        assert [entry["status"] for entry in callback.history] == statuses
+        kept.append([layer["kept"] for layer in callback.history[-1]["layers"]])
+    assert kept[0] == kept[1]
+
+
 def scores(best: list[int], of: int) -> Iterator[dict[str, float]]:
     """A metric for each of several evaluations, 1 for some and 0 for the others."""
     return iter([{"score": float(number in best)} for number in range(of)])

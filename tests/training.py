@@ -49,7 +49,7 @@ def pad(batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 def build_trainer(
-    model: nn.Module,
+    model: nn.Module | None,
     directory: Path,
     callbacks: Iterable[TrainerCallback] = (),
     *,
@@ -57,7 +57,7 @@ def build_trainer(
     **options: Any,
 ) -> Trainer:
     """A stock Trainer: 8 steps of 4 sequences, every step logged. Options are the Trainer's and TrainingArguments'."""
-    names = ("eval_dataset", "data_collator", "compute_metrics", "optimizer_cls_and_kwargs")
+    names = ("eval_dataset", "data_collator", "compute_metrics", "optimizer_cls_and_kwargs", "model_init")
     of_the_trainer = {name: options.pop(name) for name in names if name in options}
     defaults = {
         "max_steps": 8,
