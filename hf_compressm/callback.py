@@ -18,6 +18,7 @@ from .compressor import Compressor
 from .config import CompreSSMConfig
 from .distributed.collectives import is_distributed
 from .distributed.ddp import sharding_message, unwrap
+from .optimizer import exempt_from_weight_decay
 from .report import CompressionReport
 
 logger = logging.get_logger(__name__)
@@ -70,6 +71,9 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         # The weights of a checkpoint are loaded before any other event, into a model that the script built full-size.
         bare, _ = unwrap(model)
         resize_while_loading(bare)
+        trainer = find_trainer(self)
+        if trainer is not None:
+            exempt_from_weight_decay(trainer)
 
     def on_train_begin(
         self,

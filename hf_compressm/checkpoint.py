@@ -17,7 +17,8 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers.utils import logging
 
-from .mixers import Mixer, StateAxis, find_mixers
+from .mixers import Mixer, find_mixers, mamba2
+from .mixers.resize import ParameterPairs, resize_mixer, update_configs
 
 logger = logging.get_logger(__name__)
 
@@ -25,8 +26,8 @@ RECORD_FILE = "compressm.json"
 INPUTS_FILE = "compressm_inputs_{rank}.safetensors"
 RECORD_VERSION = 1
 
-# Called with the (old, new) pairs of parameters that a resize replaced.
-OnResize = Callable[[list[tuple[nn.Parameter, nn.Parameter]]], None]
+# Called with the mixer and the parameters that a resize replaced, added and removed.
+OnResize = Callable[[Mixer, ParameterPairs], None]
 
 
 # One hook per mixer: a later call of resize_while_loading takes the place of an earlier one.
@@ -36,16 +37,19 @@ _LOAD_HOOKS: weakref.WeakKeyDictionary[nn.Module, RemovableHandle] = weakref.Wea
 def resize_while_loading(model: nn.Module, on_resize: OnResize | None = None) -> None:
     """Let `load_state_dict` of a model take weights of another state size: each mixer then takes on the weights' size.
 
-    A training script builds the full-size model; a checkpoint written after a cut is smaller. With this, the one loads
-    the other, in either direction, and the config follows. Weights of the mixer's own size change nothing.
+    A training script builds the full-size model; a checkpoint written after a cut is smaller, and may be projected.
+    With this, the one loads the other, in either direction, and the config follows. Weights of the mixer's own size
+    and form change nothing.
 
     Args:
         model: the bare model.
-        on_resize: called for each mixer that was resized, with the pairs of old and new parameters.
+        on_resize: called for each mixer that was resized, with the parameters that were replaced, added and removed.
     """
     stop_resizing_while_loading(model)
+    # The hook lies on the mixer, and must not keep a model alive that nobody uses any more.
+    owner = weakref.ref(model)
     for mixer in find_mixers(model).values():
-        hook = functools.partial(_resize_to_incoming, mixer, on_resize)
+        hook = functools.partial(_resize_to_incoming, owner, mixer, on_resize)
         _LOAD_HOOKS[mixer.module] = mixer.module.register_load_state_dict_pre_hook(hook)
 
 
@@ -58,6 +62,7 @@ def stop_resizing_while_loading(model: nn.Module) -> None:
 
 
 def _resize_to_incoming(
+    owner: weakref.ref[nn.Module],
     mixer: Mixer,
     on_resize: OnResize | None,
     module: nn.Module,
@@ -65,45 +70,35 @@ def _resize_to_incoming(
     prefix: str,
     *_: Any,
 ) -> None:
+    projection = state_dict.get(f"{prefix}B_projection")
+    if projection is not None and projection.dim() == 2 and mixer.can_be_projected:
+        features = projection.shape[0]
+        size = projection.shape[1] // mixer.groups
+        fits = projection.shape[1] % mixer.groups == 0 and features == mamba2.feature_size(module)
+        # Of a stock cut that came first, the features are fewer than the model was built with.
+        fits = fits or (not mixer.is_projected and _incoming_size(mixer, state_dict, prefix) == features)
+    else:
+        features, size = None, _incoming_size(mixer, state_dict, prefix)
+        fits = size is not None
+    # Weights that belong to no one state size are left to load_state_dict's own error.
+    if not fits or (size == mixer.state_size and (features is not None) == mixer.is_projected):
+        return
+    pairs = resize_mixer(mixer, size, features)
+    update_configs(owner())
+    if on_resize is not None:
+        on_resize(mixer, pairs)
+
+
+def _incoming_size(mixer: Mixer, state_dict: dict[str, torch.Tensor], prefix: str) -> int | None:
+    """The state size (of a projected mixer: the feature size) that a stock mixer's weights were saved with."""
+    layout, module = mixer.architecture.layout, mixer.module
     names = {id(child): f"{name}." if name else "" for name, child in module.named_modules()}
-    incoming = set()
-    for axis in mixer.layout.state_axes(module):
+    sizes = set()
+    for axis in layout.state_axes(module):
         weight = state_dict.get(f"{prefix}{names[id(axis.module)]}{axis.parameter}")
         if weight is not None and weight.dim() == axis.tensor.dim():
-            incoming.add(axis.state_size_of(weight.shape[axis.dim]))
-    # Weights that belong to no one state size are left to load_state_dict's own error.
-    if len(incoming) == 1 and (state_size := incoming.pop()) not in (None, mixer.state_size):
-        pairs = resize_mixer(mixer, state_size)
-        if on_resize is not None:
-            on_resize(pairs)
-
-
-@torch.no_grad()
-def resize_mixer(mixer: Mixer, state_size: int) -> list[tuple[nn.Parameter, nn.Parameter]]:
-    """Give a mixer parameters of another state size, and its config the size. The values are there to be loaded over.
-
-    Returns:
-        Pairs of old and new parameters.
-    """
-    before, pairs = mixer.state_size, []
-    for axis in mixer.layout.state_axes(mixer.module):
-        old = axis.tensor
-        new = nn.Parameter(_resized(axis, before, state_size), requires_grad=old.requires_grad)
-        new.__dict__.update(old.__dict__)
-        setattr(axis.module, axis.parameter, new)
-        pairs.append((old, new))
-    mixer.layout.set_state_size(mixer.module, state_size)
-    if mixer.config is not None:
-        setattr(mixer.config, mixer.architecture.state_size_field, state_size)
-    logger.info(f"{mixer.name}: state_size {before} -> {state_size}, to fit the weights that are loaded")
-    return pairs
-
-
-def _resized(axis: StateAxis, before: int, after: int) -> torch.Tensor:
-    old = axis.tensor.detach()
-    shape = list(old.shape)
-    shape[axis.dim] = axis.length(after)
-    return old.new_zeros(shape)
+            sizes.add(axis.state_size_of(weight.shape[axis.dim]))
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def library_versions() -> dict[str, str]:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from .checkpoint import resize_mixer, resize_while_loading, stop_resizing_while_loading
+from .checkpoint import resize_while_loading, stop_resizing_while_loading
 from .config import CompreSSMConfig
 from .distributed.collectives import (
     broadcast_bytes,
@@ -27,15 +27,16 @@ from .distributed.collectives import (
     world_size,
 )
 from .distributed.ddp import rebuild_reducer, reducer_is_stale, unwrap
-from .mixers import find_mixers
-from .optimizer import replace_parameter, sliced_state, unwrap_optimizer
-from .plan import CompressionPlan, plan_compression
+from .mixers import Mixer, find_mixers
+from .mixers.resize import ParameterPairs, resize_mixer, update_configs
+from .optimizer import add_parameters, remove_parameter, replace_parameter, sliced_state, unwrap_optimizer
+from .plan import CompressionPlan, bytes_per_state, plan_compression, refuse_projection
 from .ranks import fixed_state_size, fixed_target, round_up
 from .replay import InputRecorder, compare_outputs, first_rows
 from .report import CompressionReport
 from .schedule import cut_steps
 from .statistics import NonFiniteError, measure
-from .surgery import check_optimizer, compress_, update_configs
+from .surgery import check_optimizer, compress_
 
 logger = logging.get_logger(__name__)
 
@@ -112,9 +113,8 @@ class Compressor:
         self.global_step = 0
         # A second run of the same script on the same model has nothing left to cut.
         self.stopped = self._target_is_reached()
-        if config.state_size is not None and not self.stopped:
-            for name, mixer in find_mixers(self.model).items():
-                fixed_target(config, name, mixer.state_size)
+        if not self.stopped:
+            self._check_target()
         self._warn_of_untrained_states()
         self._done_until = 0
         self._announced_wait = False
@@ -222,9 +222,9 @@ class Compressor:
             raise RuntimeError("there is no cut to take back; set pragmatic=True to keep weights before a cut")
         snapshot, self._snapshot = self._snapshot, None
         mixers = find_mixers(self.model)
-        for name, state_size in snapshot["state_sizes"].items():
-            self._follow_resize(resize_mixer(mixers[name], state_size))
-        update_configs(mixers)
+        for name, (state_size, feature_size) in snapshot["sizes"].items():
+            self._follow_resize(mixers[name], resize_mixer(mixers[name], state_size, feature_size))
+        update_configs(self.model)
         self.model.load_state_dict(snapshot["model"])
         if self.optimizer is not None:
             # Only the moments go back: the learning rate has moved on with the schedule.
@@ -232,7 +232,7 @@ class Compressor:
                 self.optimizer.state[parameter] = {key: _from_host(value) for key, value in state.items()}
             check_optimizer(self.model, self.optimizer)
         self._repair_wrapper()
-        self.state_size = max(snapshot["state_sizes"].values())
+        self.state_size = max(state_size for state_size, _ in snapshot["sizes"].values())
         self.history[-1]["status"] = "taken back"
         self.stopped = True
 
@@ -294,19 +294,53 @@ class Compressor:
     def _cuts(self) -> list[dict[str, Any]]:
         return [entry for entry in self.history if entry["status"] == "cut"]
 
+    def _check_target(self) -> None:
+        """Refuse a target that no cut could reach at the start, not hours later."""
+        size, mixers = self.config.state_size, find_mixers(self.model)
+        if isinstance(size, list):
+            if len(size) != len(mixers):
+                raise ValueError(
+                    f"state_size lists {len(size)} numbers, {size}, but the model has {len(mixers)} mixers"
+                )
+            for (name, mixer), target in zip(mixers.items(), size, strict=True):
+                if target > mixer.state_size:
+                    raise ValueError(
+                        f"layer {name}: target state_size {target} is above the current {mixer.state_size}; choose "
+                        f"1..{mixer.state_size}"
+                    )
+        elif size is not None:
+            largest = max(mixers.values(), key=lambda mixer: mixer.state_size)
+            fixed_target(self.config, largest.name, largest.state_size)
+        if self.config.realization == "projected":
+            refuse_projection([mixer for mixer in mixers.values() if not mixer.can_be_projected])
+
     def _target(self) -> int:
         size = fixed_state_size(self.config.state_size, self._size_at_first)
         return round_up(size, self.config.multiple_of)
 
     def _target_is_reached(self) -> bool:
-        return self.config.state_size is not None and bool(self._cuts) and self.state_size <= self._target()
+        if not self._cuts:
+            return False
+        mixers = find_mixers(self.model).values()
+        if self.config.state_bytes is not None:
+            return sum(mixer.state_size * bytes_per_state(mixer) for mixer in mixers) <= self.config.state_bytes
+        if isinstance(self.config.state_size, list):
+            return [mixer.state_size for mixer in mixers] == self.config.state_size
+        return self.config.state_size is not None and self.state_size <= self._target()
 
-    def _next_size(self, remaining: int) -> int:
+    def _next_size(self, remaining: int) -> int | list[int]:
         """Several cuts approach the target geometrically; each takes at least one state, or `multiple_of` of them."""
         multiple = self.config.multiple_of
-        smallest = min(mixer.state_size for mixer in find_mixers(self.model).values())
-        size = round(self.state_size * (self._target() / self.state_size) ** (1 / remaining))
-        return max(self._target(), min(round_up(size, multiple), (smallest - 1) // multiple * multiple))
+        present = [mixer.state_size for mixer in find_mixers(self.model).values()]
+        if isinstance(self.config.state_size, list):
+            return [
+                max(target, min(size, round(size * (target / size) ** (1 / remaining))))
+                for size, target in zip(present, self.config.state_size, strict=True)
+            ]
+        size = round_up(round(self.state_size * (self._target() / self.state_size) ** (1 / remaining)), multiple)
+        if isinstance(multiple, int):
+            size = min(size, (max(present) - 1) // multiple * multiple)
+        return max(self._target(), size)
 
     def _warn_of_untrained_states(self) -> None:
         """An optimizer that was built before the model was resized would silently leave layers as they are."""
@@ -354,7 +388,10 @@ class Compressor:
 
     def _take_snapshot(self) -> dict[str, Any]:
         return {
-            "state_sizes": {name: mixer.state_size for name, mixer in find_mixers(self.model).items()},
+            "sizes": {
+                name: (mixer.state_size, mixer.module.feature_size if mixer.is_projected else None)
+                for name, mixer in find_mixers(self.model).items()
+            },
             "model": {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()},
             "optimizer": self.optimizer
             and [
@@ -397,11 +434,17 @@ class Compressor:
                 label = f"{name}: {axis.parameter}"
                 sliced_state(self.optimizer, axis.tensor, label, axis.dim, first)
 
-    def _follow_resize(self, pairs: list[tuple[nn.Parameter, nn.Parameter]]) -> None:
+    def _follow_resize(self, mixer: Mixer, pairs: ParameterPairs) -> None:
         """Weights of another size were loaded: the optimizer takes the new parameters, without moments."""
-        if self.optimizer is not None:
-            for old, new in pairs:
+        if self.optimizer is None:
+            return
+        for old, new in pairs:
+            if new is None:
+                remove_parameter(self.optimizer, old)
+            elif old is not None:
                 replace_parameter(self.optimizer, old, new, None)
+        added = [new for old, new in pairs if old is None]
+        add_parameters(self.optimizer, self.model, mixer.module, added)
 
 
 @contextmanager

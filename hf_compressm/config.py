@@ -13,6 +13,11 @@ from transformers.utils import logging
 logger = logging.get_logger(__name__)
 
 SCHEDULES = ("one_cut", "compressm")
+REALIZATIONS = ("stock", "projected", "auto")
+# The rules for the number of states; exactly one is set.
+RULES = ("state_size", "tolerance", "hankel_tolerance", "state_bytes")
+# A value of multiple_of: the sizes that Mamba's kernels compute with.
+KERNEL_SIZES = "kernel"
 
 
 def _option(default: Any, help: str) -> Any:
@@ -27,7 +32,7 @@ def is_whole(value: Any) -> bool:
 class CompreSSMConfig:
     """What to cut, when, and how.
 
-    Exactly one of `state_size`, `tolerance` and `hankel_tolerance` says how many states are kept.
+    Exactly one of `state_size`, `tolerance`, `hankel_tolerance` and `state_bytes` says how many states are kept.
 
     Raises:
         ValueError: a value out of range, or not exactly one rule for the number of states.
@@ -40,14 +45,30 @@ class CompreSSMConfig:
         4
     """
 
-    state_size: int | float | None = _option(
-        None, "States to keep: a number (12), or a fraction of the present number (0.1)."
+    state_size: int | float | list[int] | None = _option(
+        None,
+        "States to keep: a number (12), a fraction of the present number (0.1), or, for projected layers, a list with "
+        "a number for each mixer, in the model's order.",
     )
     tolerance: float | None = _option(
         None, "Keep the fewest states for which no layer's measured relative output error exceeds this (0.02 = 2 %)."
     )
     hankel_tolerance: float | None = _option(
         None, "CompreSSM's rule: keep the fewest states that hold the share 1 - tau of the sum of the Hankel values."
+    )
+    state_bytes: int | None = _option(
+        None,
+        "Bytes that the recurrent state of one sequence may take in all projected layers together, in the model's "
+        "dtype; each layer keeps the states that lower the expected error most per byte.",
+    )
+    realization: str = _option(
+        "stock",
+        "What the smaller model is: `stock` (an ordinary Transformers model: states are selected), `projected` "
+        "(Mamba-2 layouts only: two more matrices per mixer, nearly lossless, an own model class), or `auto` (stock "
+        "where its expected error is small or nothing else is possible, else projected).",
+    )
+    projection_rounds: int = _option(
+        3, "How often the two matrices of a projection take turns in being fitted; 0 keeps the balanced truncation."
     )
     criterion: str = _option(
         "auto",
@@ -64,7 +85,11 @@ class CompreSSMConfig:
         "When to cut: `one_cut` (at a fifth of training, never during warm-up), `compressm` (four attempts in the "
         "first tenth, as published), or a list of steps (int) and fractions of training (float).",
     )
-    multiple_of: int = _option(1, "Round the number of kept states up to a multiple of this.")
+    multiple_of: int | str = _option(
+        1,
+        "Round the number of kept states up to a multiple of this; `kernel`: up to 16, 32, 64, ..., as Mamba's "
+        "Triton kernels pad it anyway.",
+    )
     max_kept_fraction: float = _option(
         0.95, "A rule that measures (tolerance, hankel_tolerance) cuts only if it keeps less than this share of N."
     )
@@ -80,12 +105,10 @@ class CompreSSMConfig:
     def __post_init__(self) -> None:
         from .criteria import CRITERIA
 
-        rules = {name: getattr(self, name) for name in ("state_size", "tolerance", "hankel_tolerance")}
+        rules = {name: getattr(self, name) for name in RULES}
         given = [name for name, value in rules.items() if value is not None]
         if len(given) != 1:
-            raise ValueError(
-                f"set exactly one of state_size, tolerance and hankel_tolerance; got {given or 'none of them'}"
-            )
+            raise ValueError(f"set exactly one of {', '.join(RULES)}; got {given or 'none of them'}")
         self._check_state_size()
         for name in ("tolerance", "hankel_tolerance"):
             if rules[name] is not None:
@@ -93,10 +116,23 @@ class CompreSSMConfig:
         self._check_number("refit_penalty", low=0)
         self._check_number("pragmatic_tolerance", low=0)
         self._check_number("max_kept_fraction", low=0, high=1, open_low=True, closed_high=True)
-        for name, low in (("refit_steps", 0), ("multiple_of", 1), ("pragmatic_steps", 1), ("seed", 0)):
+        for name, low in (("refit_steps", 0), ("projection_rounds", 0), ("pragmatic_steps", 1), ("seed", 0)):
             self._check_whole(name, low)
-        if self.calibration_tokens is not None:
-            self._check_whole("calibration_tokens", 1)
+        if self.multiple_of != KERNEL_SIZES:
+            if isinstance(self.multiple_of, str):
+                raise ValueError(f"multiple_of must be a whole number or {KERNEL_SIZES!r}, got {self.multiple_of!r}")
+            self._check_whole("multiple_of", 1)
+        for name in ("calibration_tokens", "state_bytes"):
+            if getattr(self, name) is not None:
+                self._check_whole(name, 1)
+        if self.realization not in REALIZATIONS:
+            raise ValueError(f"realization must be one of {', '.join(REALIZATIONS)}, got {self.realization!r}")
+        if self.realization == "stock" and (self.state_bytes is not None or isinstance(self.state_size, list)):
+            rule = "state_bytes" if self.state_bytes is not None else "a list of state sizes"
+            raise ValueError(
+                f"{rule} gives each layer a state size of its own, but a stock config holds one for all layers; set "
+                "realization='projected' (Mamba-2 layouts), or one state_size"
+            )
         for name in ("refit", "pragmatic"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
@@ -110,6 +146,11 @@ class CompreSSMConfig:
         size = self.state_size
         if size is None or (is_whole(size) and size >= 1) or (isinstance(size, float) and 0 < size < 1):
             return
+        if isinstance(size, (list, tuple)):
+            self.state_size = list(size)
+            if size and all(is_whole(item) and item >= 1 for item in size):
+                return
+            raise ValueError(f"state_size must list an int of at least 1 for each mixer, got {size!r}")
         if isinstance(size, (int, float)) and not isinstance(size, bool):
             raise ValueError(f"state_size must be an int of at least 1 or a float between 0 and 1, got {size!r}")
         raise TypeError(f"state_size must be an int or a float, got {size!r} ({type(size).__name__})")

@@ -14,6 +14,7 @@ from collections.abc import Callable
 import torch
 
 from .elimination import eliminate
+from .hankel import balance
 from .statistics import StateStatistics
 
 Criterion = Callable[[StateStatistics, int], torch.Tensor]
@@ -56,6 +57,58 @@ def hankel(statistics: StateStatistics, seed: int) -> torch.Tensor:
     return (P.diagonal(dim1=-2, dim2=-1) * Q.diagonal(dim1=-2, dim2=-1)).sqrt()
 
 
+@criterion("empirical")
+def empirical(statistics: StateStatistics, seed: int) -> torch.Tensor:
+    """The Hankel value of each state on its own, of the empirical, time-varying Gramians: √(H̄_nn Ω_nn).
+
+    H̄ = Σ w h hᵀ is what the inputs reach, Ω = Σ C Cᵀ what the same tokens read out. Empirical Gramians are due to
+    Lall, Marsden and Glavaški (IFAC 1999). Unlike `ghost`, it takes states and readouts as independent.
+    """
+    H, omega = (gram.diagonal(dim1=-2, dim2=-1) for gram in (statistics.state_gram, statistics.readout_gram))
+    return (H.double() * omega.double()).sqrt().cpu()
+
+
+@criterion("last")
+def last(statistics: StateStatistics, seed: int) -> torch.Tensor:
+    """LAST (arXiv 2411.02824): the squared H∞ norm of each state alone, b² c² / (1 − |a|)², of the mean-LTI surrogate.
+
+    Averaged over channels, then divided by the sum of all that are at least as large.
+    """
+    delta, B, C, rates = _mean_inputs(statistics)
+    gap = -torch.expm1(delta[..., None] * rates)
+    return _share_of_prefix((delta[..., None] / gap).square().mean(1) * (B * C).square())
+
+
+@criterion("aire")
+def aire(statistics: StateStatistics, seed: int) -> torch.Tensor:
+    """AIRE-Prune (arXiv 2602.00534): the energy of each state's impulse response, b² c² / (1 − |a|²).
+
+    Of the mean-LTI surrogate, averaged over channels, and normalised as in `last`.
+    """
+    delta, B, C, rates = _mean_inputs(statistics)
+    gap = -torch.expm1(2 * delta[..., None] * rates)
+    return _share_of_prefix((delta[..., None].square() / gap).mean(1) * (B * C).square())
+
+
+@criterion("sparsessm")
+def sparsessm(statistics: StateStatistics, seed: int) -> torch.Tensor:
+    """SparseSSM (arXiv 2506.09613, theorem 1): the second-order importance of A_log, Σ_d A_log[d,n]² Σ_t h_t[d,n]².
+
+    Where A is one number per head (Mamba-2), it stands for each of the head's states.
+    """
+    A_log = (-statistics.A.double().cpu()).log()
+    return (A_log.square() * statistics.state_energy.double().cpu()).sum(1)
+
+
+@criterion("taylor")
+def taylor(statistics: StateStatistics, seed: int) -> torch.Tensor:
+    """First-order Taylor importance (arXiv 1906.10771), |m ∂E/∂m| of a gate m_n = 1 on each state: |Σ_m K_nm|.
+
+    No gradient of the training loss is at hand: E = Σ w (Σ_n m_n C_n h_n)² / 2, the energy that the layer passes on.
+    """
+    return statistics.contribution_gram.double().sum(-1).abs().cpu()
+
+
 @criterion("magnitude")
 def magnitude(statistics: StateStatistics, seed: int) -> torch.Tensor:
     """‖W_B[n]‖ ‖W_C[n]‖: the size of the parameters that write a state and read it; no data."""
@@ -84,10 +137,7 @@ def mean_lti_gramians(statistics: StateStatistics) -> tuple[torch.Tensor, torch.
     Returns:
         P and Q, shape (groups, N, N), float64, on the CPU.
     """
-    tokens = statistics.tokens.double().cpu()
-    delta = statistics.delta_sum.double().cpu() / tokens
-    B, C = statistics.B_sum.double().cpu() / tokens, statistics.C_sum.double().cpu() / tokens
-    rates = statistics.A.double().cpu().expand(-1, -1, statistics.state_size)
+    delta, B, C, rates = _mean_inputs(statistics)
     P = torch.einsum("gm,gn->gmn", B, B)
     Q = torch.einsum("gm,gn->gmn", C, C)
     for group, (group_delta, group_rates) in enumerate(zip(delta, rates, strict=True)):
@@ -105,12 +155,20 @@ def mean_lti_gramians(statistics: StateStatistics) -> tuple[torch.Tensor, torch.
 
 def hankel_singular_values(statistics: StateStatistics) -> torch.Tensor:
     """σ = √eig(P Q) of the mean-LTI surrogate, in falling order, shape (groups, N), float64."""
-    P, Q = mean_lti_gramians(statistics)
-    root = _symmetric_root(P)
-    eigenvalues = torch.linalg.eigvalsh(root @ Q @ root)
-    return eigenvalues.clamp_min(0).sqrt().flip(-1)
+    return balance(*mean_lti_gramians(statistics)).singular_values
 
 
-def _symmetric_root(gramian: torch.Tensor) -> torch.Tensor:
-    eigenvalues, vectors = torch.linalg.eigh(gramian)
-    return (vectors * eigenvalues.clamp_min(0).sqrt()[..., None, :]) @ vectors.transpose(-1, -2)
+def _mean_inputs(statistics: StateStatistics) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Δ̄ of shape (groups, channels), B̄ and C̄ of shape (groups, N), and A of shape (groups, channels, N)."""
+    tokens = statistics.tokens.double().cpu()
+    delta, B, C = (
+        total.double().cpu() / tokens for total in (statistics.delta_sum, statistics.B_sum, statistics.C_sum)
+    )
+    return delta, B, C, statistics.A.double().cpu().expand(-1, -1, statistics.state_size)
+
+
+def _share_of_prefix(scores: torch.Tensor) -> torch.Tensor:
+    """s_n / Σ {s_m: s_m ≥ s_n}: keeps the order of a layer's states, and makes scores of different layers comparable."""
+    falling, order = scores.sort(dim=-1, descending=True, stable=True)
+    shares = falling / falling.cumsum(-1).clamp_min(torch.finfo(scores.dtype).tiny)
+    return torch.empty_like(scores).scatter_(-1, order, shares)

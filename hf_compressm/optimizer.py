@@ -2,6 +2,8 @@
 
 Gradients of kept rows do not change to first order when removed states are made up for by the others: row s of C has
 the gradient Σ_t δ_t h_t[s] u_t, whatever the values of C. So the moments of kept entries are kept, entry by entry.
+A projection's two matrices start without moments, also when a second cut changes the basis: second moments of another
+basis are not those of the entries that are there now.
 """
 
 from __future__ import annotations
@@ -10,7 +12,9 @@ from typing import Any
 
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from torch import nn
 from torch.optim import Optimizer
+from transformers import Trainer
 
 # State entries with one number per parameter entry (or, in Adafactor's factors, per row and per column).
 # Key → the optimizers that use it. An optimizer whose keys are not here is refused: add its keys if its state is
@@ -33,6 +37,7 @@ SLICED_STATE = {
 }
 # Entries that hold one number for the whole parameter.
 WHOLE_STATE = {"step", "mu_product", "RMS"}
+PROJECTIONS = (".B_projection", ".C_projection")
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -54,7 +59,7 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
 
 
 def sliced_state(
-    optimizer: Optimizer, old: torch.nn.Parameter, name: str, dim: int, index: torch.Tensor
+    optimizer: Optimizer, old: nn.Parameter, name: str, dim: int, index: torch.Tensor
 ) -> dict[str, Any] | None:
     """The optimizer's state of a parameter for the rows that stay; the optimizer is only read.
 
@@ -78,7 +83,7 @@ def sliced_state(
 
 
 def _sliced(
-    optimizer: Optimizer, key: str, value: Any, old: torch.nn.Parameter, name: str, dim: int, index: torch.Tensor
+    optimizer: Optimizer, key: str, value: Any, old: nn.Parameter, name: str, dim: int, index: torch.Tensor
 ) -> Any:
     if value is None or isinstance(value, (bool, int, float)):
         return value
@@ -103,7 +108,7 @@ def _sliced(
     )
 
 
-def _state_dim(key: str, value: torch.Tensor, old: torch.nn.Parameter, dim: int) -> int | str | None:
+def _state_dim(key: str, value: torch.Tensor, old: nn.Parameter, dim: int) -> int | str | None:
     """The dimension of a state entry that belongs to dimension `dim` of the parameter; None if nothing fits."""
     shape, last = old.shape, old.dim() - 1
     if value.shape == shape:
@@ -143,7 +148,7 @@ def _factor_of_the_kept(key: str, value: torch.Tensor, state: dict[str, Any], in
 
 
 def replace_parameter(
-    optimizer: Optimizer, old: torch.nn.Parameter, new: torch.nn.Parameter, state: dict[str, Any] | None
+    optimizer: Optimizer, old: nn.Parameter, new: nn.Parameter, state: dict[str, Any] | None
 ) -> None:
     """Put a parameter into the place of another, in its group and with its new state. Nothing here can fail."""
     for group in optimizer.param_groups:
@@ -151,3 +156,53 @@ def replace_parameter(
     optimizer.state.pop(old, None)
     if state is not None:
         optimizer.state[new] = state
+
+
+def add_parameters(optimizer: Optimizer, model: nn.Module, mixer: nn.Module, new: list[nn.Parameter]) -> None:
+    """Let an optimizer train the parameters that a projection adds to a mixer, without weight decay if it can.
+
+    They go into the last group without weight decay that holds other parameters of the mixer; if there is none, into
+    the group of its in_proj. No group is added, since learning-rate schedulers would not know it. Within the group
+    they take the place that the model's own order gives them, so that an optimizer which a resumed run builds matches.
+
+    Args:
+        optimizer: an unwrapped torch optimizer.
+        model: the bare model, with the new parameters in it.
+        mixer: the module that they were added to.
+        new: the parameters; those that need no gradient are left out.
+    """
+    own = {id(parameter) for parameter in mixer.parameters()}
+    holding = [group for group in optimizer.param_groups if any(id(item) in own for item in group["params"])]
+    if not holding:
+        return
+    undecayed = [group for group in holding if not group.get("weight_decay")]
+    of_in_proj = [group for group in holding if any(item is mixer.in_proj.weight for item in group["params"])]
+    parameters = (undecayed or of_in_proj or holding)[-1]["params"]
+    order = {id(parameter): number for number, parameter in enumerate(model.parameters())}
+    for parameter in new:
+        if parameter.requires_grad:
+            later = (i for i, item in enumerate(parameters) if order.get(id(item), -1) > order[id(parameter)])
+            parameters.insert(next(later, len(parameters)), parameter)
+
+
+def remove_parameter(optimizer: Optimizer, old: nn.Parameter) -> None:
+    """Take a parameter and its state out of an optimizer."""
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if parameter is not old]
+    optimizer.state.pop(old, None)
+
+
+def exempt_from_weight_decay(trainer: Trainer) -> None:
+    """Let a Trainer's optimizer decay no projection (`B_projection`, `C_projection`), as it decays no bias or norm.
+
+    The callback does this by itself. Call it before training where a projected model is trained without the callback.
+
+    Args:
+        trainer: a Trainer whose optimizer is not built yet.
+    """
+    usual = trainer.get_decay_parameter_names
+
+    def names_that_decay(model: nn.Module) -> list[str]:
+        return [name for name in usual(model) if not name.endswith(PROJECTIONS)]
+
+    trainer.get_decay_parameter_names = names_that_decay

@@ -1,11 +1,12 @@
-"""The plan of a cut: which states stay in each layer, and the new readout. Pure data; making one touches no module."""
+"""The plan of a cut: what becomes of each layer's states. Pure data; making one touches no module."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,22 @@ from torch import nn
 from transformers.utils import logging
 
 from .config import CompreSSMConfig
-from .criteria import CRITERIA
+from .criteria import CRITERIA, hankel_singular_values
 from .distributed.ddp import unwrap
 from .elimination import eliminate
-from .mixers import Mixer, find_mixers
-from .ranks import choose_state_size
+from .mixers import Mixer, find_mixers, layers_by_config
+from .projection import fit_projection, mean_field_error_curve, measured_error_curve, measured_hankel_values
+from .ranks import choose_state_sizes
 from .refit import fewest_tokens, refit_readout
 from .statistics import NonFiniteError, StateStatistics
 
 logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
+# `auto` keeps a stock model where no layer's output is expected to change by more than this.
+NEARLY_LOSSLESS = 0.05
+# The tensors of a LayerPlan that lie in the safetensors file.
+MATRICES = ("readout", "B_projection", "C_projection")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,38 +41,63 @@ class LayerPlan:
     Attributes:
         mixer_class: the class name of its mixer.
         state_size_before: N.
-        kept: the states that stay, in rising order, shape (groups, r), int64.
+        kept: the states that stay, in rising order, shape (groups, r), int64; None if the layer is projected.
         readout: M with C' = M C, shape (r, N), float32; None if C's rows are only selected.
-        criterion: the name of the score the states were ranked by.
-        refit: how the readout was found: `conjugate gradients`, `mean field` or `none`.
+        criterion: the name of the score the states were ranked by; `balanced truncation` if the layer is projected.
+        refit: how the readout or the projection was found: `conjugate gradients`, `mean field`, `balanced`,
+            `alternating least squares` or `none`.
         relative_error: √(Σ w (y−ŷ)² / Σ w y²) of what the layer passes on, measured on the calibration tokens.
         error_curve: the expected relative error with 0, 1, …, N states kept, N + 1 numbers.
+        B_projection, C_projection: [W_1 | ... | W_G] and [V_1 | ... | V_G], from the present N states to the r new
+            ones, shape (N, groups × r), float32; None if states are selected.
+        hankel_values: the Hankel singular values measured on the data, in falling order, N for each group; only where
+            a projection is possible.
+        expected_errors: the expected relative error at r of each realization that the layer could have. Of a stock
+            layer, the projection's is the mean field's, which is too low where readouts depend on the states.
     """
 
     mixer_class: str
     state_size_before: int
-    kept: torch.Tensor
+    kept: torch.Tensor | None
     readout: torch.Tensor | None
     criterion: str
     refit: str
     relative_error: float
     error_curve: list[float]
+    B_projection: torch.Tensor | None = None
+    C_projection: torch.Tensor | None = None
+    hankel_values: list[list[float]] | None = None
+    expected_errors: dict[str, float] = field(default_factory=dict)
+    groups: int = 1
+
+    @property
+    def realization(self) -> str:
+        """`stock`, or `projected`."""
+        return "stock" if self.B_projection is None else "projected"
 
     @property
     def state_size_after(self) -> int:
-        return self.kept.shape[1]
+        return self.B_projection.shape[1] // self.groups if self.kept is None else self.kept.shape[1]
+
+    @property
+    def is_change(self) -> bool:
+        return self.realization == "projected" or self.state_size_after < self.state_size_before
 
     def to_dict(self) -> dict[str, Any]:
-        """The layer without its readout matrix, as JSON can hold it."""
+        """The layer without its matrices, as JSON can hold it."""
         return {
             "mixer_class": self.mixer_class,
             "state_size_before": self.state_size_before,
             "state_size_after": self.state_size_after,
-            "kept": self.kept.tolist(),
+            "realization": self.realization,
+            "groups": self.groups,
+            "kept": None if self.kept is None else self.kept.tolist(),
             "criterion": self.criterion,
             "refit": self.refit,
             "relative_error": self.relative_error,
             "error_curve": self.error_curve,
+            "hankel_values": self.hankel_values,
+            "expected_errors": self.expected_errors,
         }
 
 
@@ -97,11 +128,11 @@ class CompressionPlan:
 
     @property
     def changes(self) -> dict[str, LayerPlan]:
-        """The layers that lose states."""
-        return {name: layer for name, layer in self.layers.items() if layer.state_size_after < layer.state_size_before}
+        """The layers that lose states, or are projected."""
+        return {name: layer for name, layer in self.layers.items() if layer.is_change}
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the readout matrices, as JSON can hold it."""
+        """Everything but the matrices, as JSON can hold it."""
         return {
             "format_version": FORMAT_VERSION,
             "tokens": self.tokens,
@@ -110,8 +141,13 @@ class CompressionPlan:
         }
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """The readout matrices by layer name."""
-        return {name: layer.readout for name, layer in self.layers.items() if layer.readout is not None}
+        """The matrices of all layers, by layer and name."""
+        return {
+            f"{name}.{matrix}": getattr(layer, matrix)
+            for name, layer in self.layers.items()
+            for matrix in MATRICES
+            if getattr(layer, matrix) is not None
+        }
 
     def digest(self) -> str:
         """SHA-256 of everything in the plan: equal on all processes, and unchanged in a file."""
@@ -131,7 +167,7 @@ class CompressionPlan:
         return cls._from_parts(json.loads(header["__metadata__"]["plan"]), tensors, "the plan's bytes")
 
     def save(self, path: str | Path) -> None:
-        """Write `plan.json`, and `plan.safetensors` with the readout matrices beside it.
+        """Write `plan.json`, and `plan.safetensors` with the matrices beside it.
 
         Args:
             path: a directory (made if missing), or the name of the JSON file.
@@ -184,12 +220,15 @@ class CompressionPlan:
                 name: LayerPlan(
                     mixer_class=layer["mixer_class"],
                     state_size_before=layer["state_size_before"],
-                    kept=torch.tensor(layer["kept"], dtype=torch.int64),
-                    readout=tensors.get(name),
+                    kept=None if layer["kept"] is None else torch.tensor(layer["kept"], dtype=torch.int64),
+                    groups=layer["groups"],
                     criterion=layer["criterion"],
                     refit=layer["refit"],
                     relative_error=layer["relative_error"],
                     error_curve=layer["error_curve"],
+                    hankel_values=layer["hankel_values"],
+                    expected_errors=layer["expected_errors"],
+                    **{matrix: tensors.get(f"{name}.{matrix}") for matrix in MATRICES},
                 )
                 for name, layer in content["layers"].items()
             }
@@ -239,16 +278,31 @@ def plan_compression(
     """
     mixers = find_mixers(unwrap(model)[0])
     _check_statistics(mixers, statistics)
+    _check_list_of_sizes(config, mixers)
     ranked = {name: _rank(mixers[name], layer, config) for name, layer in statistics.items()}
-    sizes: dict[str, int] = {}
-    for names in layers_by_config(mixers):
-        curves = {name: ranked[name].curve for name in names}
-        size = choose_state_size(config, {name: statistics[name] for name in names}, curves)
-        sizes |= dict.fromkeys(names, size)
-    layers = {
-        name: _plan_layer(name, mixers[name], layer, ranked[name], sizes[name], config, across_processes)
+    projected_curves = {
+        name: _projected_curve(mixers[name], layer, config, across_processes)
         for name, layer in statistics.items()
+        if mixers[name].can_be_projected
     }
+    sizes: dict[str, int] = {}
+    projected: set[str] = set()
+    for names in layers_by_config(mixers):
+        chosen, is_projected = _choose(names, mixers, statistics, ranked, projected_curves, config)
+        sizes |= chosen
+        projected |= set(names) if is_projected else set()
+    layers = {}
+    for name, layer in statistics.items():
+        mixer, size = mixers[name], sizes[name]
+        if name in projected:
+            plan = _plan_projection(mixer, layer, size, config, across_processes)
+            projected_curves[name] = plan.error_curve
+        else:
+            plan = _plan_selection(mixer, layer, ranked[name], size, config, across_processes)
+        expected = {"stock": float(ranked[name].curve[size])}
+        if name in projected_curves:
+            expected["projected"] = float(projected_curves[name][size])
+        layers[name] = dataclasses.replace(plan, expected_errors=expected)
     tokens = int(next(iter(statistics.values())).tokens)
     needed = max(fewest_tokens(layer.state_size_after, layer.state_size_before) for layer in layers.values())
     if tokens < needed and config.refit_steps > 0 and any(layer.refit == "mean field" for layer in layers.values()):
@@ -259,12 +313,82 @@ def plan_compression(
     return CompressionPlan(layers, tokens, config)
 
 
-def layers_by_config(mixers: dict[str, Mixer]) -> list[list[str]]:
-    """Names of the layers that share one config, and therefore one state size. Mixers without a config stand alone."""
-    together: dict[Any, list[str]] = {}
-    for name, mixer in mixers.items():
-        together.setdefault(name if mixer.config is None else id(mixer.config), []).append(name)
-    return list(together.values())
+def _projected_curve(
+    mixer: Mixer, statistics: StateStatistics, config: CompreSSMConfig, across_processes: bool
+) -> torch.Tensor:
+    """What a projection is expected to cost; measured where a choice depends on it."""
+    chooses_a_size = config.tolerance is not None or config.state_bytes is not None
+    if config.realization != "stock" and chooses_a_size:
+        return measured_error_curve(mixer, statistics, across_processes=across_processes)
+    return mean_field_error_curve(statistics)
+
+
+def _check_list_of_sizes(config: CompreSSMConfig, mixers: dict[str, Mixer]) -> None:
+    if isinstance(config.state_size, list) and len(config.state_size) != len(mixers):
+        raise ValueError(
+            f"state_size lists {len(config.state_size)} numbers, {config.state_size}, but the model has {len(mixers)} "
+            f"mixers: {', '.join(mixers)}"
+        )
+
+
+def _choose(
+    names: list[str],
+    mixers: dict[str, Mixer],
+    statistics: dict[str, StateStatistics],
+    ranked: dict[str, _Ranking],
+    projected_curves: dict[str, torch.Tensor],
+    config: CompreSSMConfig,
+) -> tuple[dict[str, int], bool]:
+    """The new sizes of the layers that share a config, and whether they are projected."""
+    refused = [mixers[name] for name in names if not mixers[name].can_be_projected]
+    if config.realization == "projected" or config.state_bytes is not None or isinstance(config.state_size, list):
+        refuse_projection(refused)
+    numbers = {name: number for number, name in enumerate(mixers)}
+    # Only a stock model's config holds one number for all.
+    together = not any(mixers[name].is_projected for name in names)
+    is_projected = config.realization != "stock" and not refused
+    if is_projected:
+        sizes = choose_state_sizes(
+            config,
+            {name: projected_curves[name] for name in names},
+            {name: measured_hankel_values(statistics[name]) for name in names} if config.hankel_tolerance else {},
+            together=False,
+            numbers=numbers,
+            bytes_per_state={name: bytes_per_state(mixers[name]) for name in names},
+        )
+        shrinks = any(sizes[name] < mixers[name].state_size for name in names)
+        if not shrinks:
+            return sizes, False
+        largest = max(sizes.values())
+        near_lossless = together and all(float(ranked[name].curve[largest]) <= NEARLY_LOSSLESS for name in names)
+        if config.realization == "projected" or not near_lossless:
+            return sizes, True
+        return dict.fromkeys(names, largest), False
+    return (
+        choose_state_sizes(
+            config,
+            {name: ranked[name].curve for name in names},
+            {name: hankel_singular_values(statistics[name]) for name in names} if config.hankel_tolerance else {},
+            together=together,
+        ),
+        False,
+    )
+
+
+def refuse_projection(mixers: list[Mixer]) -> None:
+    """Raise a ValueError if there are any: these cannot be projected."""
+    for mixer in mixers:
+        raise ValueError(
+            f"layer {mixer.name}: {type(mixer.module).__name__} cannot be projected. In {mixer.layout.NAME}, each "
+            "channel's states decay at rates of their own, so a change of the state's basis does not commute with the "
+            "dynamics, and all channels share B and C. Use realization='stock' with one state_size: selection with "
+            "the refit of C loses little there"
+        )
+
+
+def bytes_per_state(mixer: Mixer) -> int:
+    """What one state more takes in the recurrent cache of one sequence: one number per channel."""
+    return mixer.module.intermediate_size * mixer.module.out_proj.weight.element_size()
 
 
 @dataclass(frozen=True)
@@ -298,8 +422,7 @@ def _selection_error(contribution_gram: torch.Tensor, order: torch.Tensor) -> to
     return (removed / removed[-1].clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0)
 
 
-def _plan_layer(
-    name: str,
+def _plan_selection(
     mixer: Mixer,
     statistics: StateStatistics,
     ranking: _Ranking,
@@ -330,6 +453,33 @@ def _plan_layer(
         refit=method,
         relative_error=error,
         error_curve=[round(value, 8) for value in ranking.curve.tolist()],
+        groups=mixer.groups,
+    )
+
+
+def _plan_projection(
+    mixer: Mixer,
+    statistics: StateStatistics,
+    size: int,
+    config: CompreSSMConfig,
+    across_processes: bool,
+) -> LayerPlan:
+    result = fit_projection(
+        mixer, statistics, size, rounds=config.projection_rounds, across_processes=across_processes
+    )
+    return LayerPlan(
+        mixer_class=type(mixer.module).__name__,
+        state_size_before=statistics.state_size,
+        kept=None,
+        readout=None,
+        criterion="balanced truncation",
+        refit=result.method,
+        relative_error=result.relative_error,
+        error_curve=[round(value, 8) for value in result.error_curve.tolist()],
+        B_projection=result.B_projection,
+        C_projection=result.C_projection,
+        hankel_values=measured_hankel_values(statistics).tolist(),
+        groups=mixer.groups,
     )
 
 

@@ -6,9 +6,7 @@ import math
 
 import torch
 
-from .config import CompreSSMConfig, is_whole
-from .criteria import hankel_singular_values
-from .statistics import StateStatistics
+from .config import KERNEL_SIZES, CompreSSMConfig, is_whole
 
 
 def states_for_tolerance(error_curve: torch.Tensor, tolerance: float) -> int:
@@ -42,38 +40,120 @@ def states_for_energy(hankel_values: torch.Tensor, tolerance: float) -> int:
     return int(enough.nonzero()[0]) + 1
 
 
-def choose_state_size(
-    config: CompreSSMConfig, statistics: dict[str, StateStatistics], error_curves: dict[str, torch.Tensor]
-) -> int:
-    """Choose the one state size of the layers that share a Transformers config.
+def states_for_budget(
+    error_curves: dict[str, torch.Tensor], bytes_per_state: dict[str, int], budget: int, multiple_of: int | str = 1
+) -> dict[str, int]:
+    """Share a budget of state bytes out over layers, greedily by the fall of the squared error per byte.
 
-    A stock config holds one N, so a measured rule takes the largest number that any of the layers asks for.
+    Where the curves are convex, as those of balanced truncation are, greedy is optimal.
 
     Args:
-        config: its state_size, tolerance or hankel_tolerance decides; then multiple_of and max_kept_fraction.
-        statistics: of these layers, by name.
-        error_curves: ε(r) with r = 0 … N states kept, shape (N + 1,), by name.
-
-    Returns:
-        The new state size; the present one if a measured rule finds that the cut is not worth it.
+        error_curves: the relative error ε(r) with r = 0, 1, …, N states kept, shape (N + 1,), by layer.
+        bytes_per_state: what one more state of a layer takes.
+        budget: the most bytes in all layers together.
+        multiple_of: sizes that a layer may have; as in CompreSSMConfig.
 
     Raises:
-        ValueError: a fixed state_size that is not below the present one.
+        ValueError: the smallest sizes already take more.
+
+    Example:
+        >>> curves = {"a": torch.tensor([1.0, 0.1, 0.0]), "b": torch.tensor([1.0, 0.9, 0.0])}
+        >>> states_for_budget(curves, {"a": 4, "b": 4}, budget=12)
+        {'a': 1, 'b': 2}
     """
-    name, first = next(iter(statistics.items()))
-    present = first.state_size
-    if config.state_size is not None:
-        return fixed_target(config, name, present)
-    if config.tolerance is not None:
-        wanted = max(states_for_tolerance(error_curves[layer], config.tolerance) for layer in statistics)
-    else:
-        wanted = max(
-            states_for_energy(values, config.hankel_tolerance)
-            for layer in statistics.values()
-            for values in hankel_singular_values(layer)
+    allowed = {layer: _allowed_sizes(len(curve) - 1, multiple_of) for layer, curve in error_curves.items()}
+    chosen = {layer: sizes.pop(0) for layer, sizes in allowed.items()}
+    used = sum(chosen[layer] * bytes_per_state[layer] for layer in chosen)
+    if used > budget:
+        raise ValueError(
+            f"state_bytes is {budget}, but the smallest sizes, {chosen}, take {used} bytes; give at least {used}"
         )
-    kept = round_up(wanted, config.multiple_of)
-    return kept if kept < config.max_kept_fraction * present else present
+
+    def gain(layer: str) -> float:
+        curve, size, larger = error_curves[layer], chosen[layer], allowed[layer][0]
+        return float(curve[size] ** 2 - curve[larger] ** 2) / ((larger - size) * bytes_per_state[layer])
+
+    while growing := [layer for layer in chosen if allowed[layer]]:
+        layer = max(growing, key=gain)
+        more = (allowed[layer][0] - chosen[layer]) * bytes_per_state[layer]
+        if used + more > budget:
+            # It cannot grow within the budget; a smaller step of another layer still may.
+            allowed[layer] = []
+        else:
+            used, chosen[layer] = used + more, allowed[layer].pop(0)
+    return chosen
+
+
+def _allowed_sizes(present: int, multiple_of: int | str) -> list[int]:
+    """The sizes up to the present one, in rising order; the present one is always among them."""
+    return sorted({min(round_up(size, multiple_of), present) for size in range(1, present + 1)})
+
+
+def choose_state_sizes(
+    config: CompreSSMConfig,
+    error_curves: dict[str, torch.Tensor],
+    hankel_values: dict[str, torch.Tensor],
+    *,
+    together: bool,
+    numbers: dict[str, int] | None = None,
+    bytes_per_state: dict[str, int] | None = None,
+) -> dict[str, int]:
+    """Choose the state sizes of the layers that share a Transformers config.
+
+    Args:
+        config: its state_size, tolerance, hankel_tolerance or state_bytes decides; then multiple_of and
+            max_kept_fraction.
+        error_curves: ε(r) with r = 0 … N states kept, shape (N + 1,), by name.
+        hankel_values: σ in falling order, shape (groups, N), by name; only for `hankel_tolerance`.
+        together: whether all layers keep the same number, as a stock config demands: a measured rule then takes the
+            largest that any of them asks for.
+        numbers: each layer's place among all mixers of the model, for a list of state sizes.
+        bytes_per_state: as in `states_for_budget`, for `state_bytes`.
+
+    Returns:
+        The new sizes by name; the present ones where a measured rule finds that the cut is not worth it.
+
+    Raises:
+        ValueError: a fixed state_size that is not below the present one, or a budget that is too small.
+    """
+    present = {name: len(curve) - 1 for name, curve in error_curves.items()}
+    if config.state_size is not None:
+        return _fixed_sizes(config, present, numbers or {})
+    if config.state_bytes is not None:
+        return states_for_budget(error_curves, bytes_per_state, config.state_bytes, config.multiple_of)
+    if config.tolerance is not None:
+        wanted = {name: states_for_tolerance(curve, config.tolerance) for name, curve in error_curves.items()}
+    else:
+        wanted = {
+            name: max(states_for_energy(group, config.hankel_tolerance) for group in values)
+            for name, values in hankel_values.items()
+        }
+    if together:
+        wanted = dict.fromkeys(wanted, max(wanted.values()))
+    kept = {name: round_up(size, config.multiple_of) for name, size in wanted.items()}
+    return {
+        name: kept[name] if kept[name] < config.max_kept_fraction * present[name] else present[name] for name in kept
+    }
+
+
+def _fixed_sizes(config: CompreSSMConfig, present: dict[str, int], numbers: dict[str, int]) -> dict[str, int]:
+    if isinstance(config.state_size, list):
+        sizes = {name: config.state_size[numbers[name]] for name in present}
+        for name, size in sizes.items():
+            if size > present[name]:
+                raise ValueError(
+                    f"layer {name}: target state_size {size} is above the current {present[name]}; choose "
+                    f"1..{present[name]}"
+                )
+        if sizes == present:
+            raise ValueError(
+                f"state_size {list(sizes.values())} is what the layers already have; choose a smaller one"
+            )
+        return sizes
+    # Layers that an earlier cut left with fewer states than the others may already be where those shall come.
+    largest = max(present, key=present.__getitem__)
+    target = fixed_target(config, largest, present[largest])
+    return {name: min(target, size) for name, size in present.items()}
 
 
 def fixed_target(config: CompreSSMConfig, layer: str, present: int) -> int:
@@ -93,10 +173,15 @@ def fixed_target(config: CompreSSMConfig, layer: str, present: int) -> int:
     return kept
 
 
-def fixed_state_size(target: int | float, present: int) -> int:
-    """A target given as a number or as a fraction of the present state size, as a number."""
+def fixed_state_size(target: int | float | list[int], present: int) -> int:
+    """A target given as a number, a fraction of the present state size or a list (its largest), as a number."""
+    if isinstance(target, list):
+        return max(target)
     return target if is_whole(target) else max(1, round(target * present))
 
 
-def round_up(size: int, multiple: int) -> int:
+def round_up(size: int, multiple: int | str) -> int:
+    """The next multiple; `kernel`: the next power of two, at least 16."""
+    if multiple == KERNEL_SIZES:
+        return max(16, 1 << (size - 1).bit_length())
     return math.ceil(size / multiple) * multiple

@@ -21,8 +21,11 @@ class LayerReport:
     criterion: str
     refit: str
     relative_error: float
-    kept: list[list[int]]
+    kept: list[list[int]] | None
     error_curve: list[float]
+    realization: str = "stock"
+    expected_errors: dict[str, float] = field(default_factory=dict)
+    hankel_values: list[list[float]] | None = None
 
 
 @dataclass
@@ -104,4 +107,16 @@ class CompressionReport:
             total += f"; loss {self.loss_before:.4f} → {self.loss_after:.4f}"
         if self.kl_divergence is not None:
             total += f", KL {self.kl_divergence:.2e}"
-        return "\n".join([*lines, total])
+        return "\n".join([*lines, *self._costs(), total])
+
+    def _costs(self) -> list[str]:
+        """What the other realization would have cost, where there is a choice."""
+        both = [layer.expected_errors for layer in self.layers if len(layer.expected_errors) > 1]
+        if not both:
+            return []
+        stock, projected = (max(errors[name] for errors in both) for name in ("stock", "projected"))
+        guess = "" if any(layer.realization == "projected" for layer in self.layers) else " (in the mean field)"
+        return [
+            f"largest expected relative error at this size: {stock:.4f} by selection (realization stock), "
+            f"{projected:.4f} projected{guess}"
+        ]

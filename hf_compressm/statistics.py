@@ -33,6 +33,7 @@ class StateStatistics:
         state_gram: H̄ = Σ w h hᵀ, shape (groups, N, N).
         readout_gram: Ω = Σ_t C_t C_tᵀ, shape (groups, N, N).
         contribution_gram: K = Σ w (C∘h)(C∘h)ᵀ, shape (groups, N, N). Its total is the output's energy Σ w y².
+        state_energy: Σ_t h_t², without weights, shape (groups, channels, N).
         delta_sum: Σ_t Δ_t, shape (groups, channels).
         B_sum, C_sum: Σ_t B_t and Σ_t C_t, shape (groups, N).
         A: the decay rates, shape (groups, channels, N or 1).
@@ -44,6 +45,7 @@ class StateStatistics:
     state_gram: torch.Tensor
     readout_gram: torch.Tensor
     contribution_gram: torch.Tensor
+    state_energy: torch.Tensor
     delta_sum: torch.Tensor
     B_sum: torch.Tensor
     C_sum: torch.Tensor
@@ -68,6 +70,7 @@ class StateStatistics:
             self.state_gram,
             self.readout_gram,
             self.contribution_gram,
+            self.state_energy,
             self.delta_sum,
             self.B_sum,
             self.C_sum,
@@ -89,6 +92,7 @@ class StateStatistics:
             state_gram=zeros(groups, size, size),
             readout_gram=zeros(groups, size, size),
             contribution_gram=zeros(groups, size, size),
+            state_energy=zeros(*decay.shape[:2], size),
             delta_sum=zeros(decay.shape[:2]),
             B_sum=zeros(groups, size),
             C_sum=zeros(groups, size),
@@ -116,6 +120,8 @@ class StateStatistics:
 
     def _add_states(self, states: torch.Tensor, C: torch.Tensor, inputs: Any, start: int) -> None:
         """Add states of shape (steps, batch, groups, channels, N), read out by C (steps, batch, groups, N)."""
+        mask = inputs.mask[:, start : start + states.shape[0]].transpose(0, 1)
+        self.state_energy += (states * mask[..., None, None, None]).square_().sum(dim=(0, 1))
         y = (states @ C[..., None]).squeeze(-1)
         root = inputs.weight(y, start).sqrt()
         weighted = (states * root[..., None]).flatten(0, 1)

@@ -11,9 +11,11 @@ from torch.optim import Optimizer
 from transformers.utils import logging
 
 from .distributed.ddp import rebuild_reducer, unwrap
-from .mixers import Mixer, StateAxis, find_mixers
-from .optimizer import replace_parameter, sliced_state, unwrap_optimizer
-from .plan import CompressionPlan, LayerPlan, layers_by_config
+from .mixers import Mixer, StateAxis, find_mixers, layers_by_config
+from .mixers.resize import project_in_place, update_configs
+from .modeling_compressm import projected_class
+from .optimizer import add_parameters, replace_parameter, sliced_state, unwrap_optimizer
+from .plan import CompressionPlan, LayerPlan
 from .report import CompressionReport, LayerReport
 
 logger = logging.get_logger(__name__)
@@ -33,7 +35,9 @@ def compress_(model: nn.Module, plan: CompressionPlan, optimizer: Optimizer | No
     """Cut states out of a model, in place, and carry the optimizer's state along.
 
     Parameters are replaced by smaller ones, the optimizer's moments are sliced, the config's state size is updated,
-    and a DDP wrapper's reducer is rebuilt. Call it where no gradients are alive: after `optimizer.zero_grad()`.
+    and a DDP wrapper's reducer is rebuilt. A projected layer gets two parameters more, which the optimizer takes on
+    without weight decay if it has a group without; model and config become objects of their projected classes. Call it
+    where no gradients are alive: after `optimizer.zero_grad()`.
 
     Args:
         model: a model, bare or as torch.compile, DDP or Accelerate wrapped it. Under DDP, all processes must call this
@@ -67,22 +71,27 @@ def compress_(model: nn.Module, plan: CompressionPlan, optimizer: Optimizer | No
     validate(plan, mixers)
     parameters_before, bytes_before = _count_parameters(bare), optimizer_bytes(optimizer)
     _refuse_shared_parameters(bare, mixers, plan)
-    replacements = [
-        replacement
-        for name, layer in plan.changes.items()
-        for replacement in _prepare(name, mixers[name], layer, optimizer)
-    ]
+    replacements, projections = [], {}
+    for name, layer in plan.changes.items():
+        if layer.realization == "projected":
+            projections[name] = _prepare_projection(mixers[name], layer)
+        else:
+            replacements += _prepare(name, mixers[name], layer, optimizer)
 
     # From here on nothing can fail.
     for item in replacements:
         setattr(item.axis.module, item.axis.parameter, item.new)
         if optimizer is not None:
             replace_parameter(optimizer, item.old, item.new, item.state)
+    changed = [item.new for item in replacements]
     for name, layer in plan.changes.items():
-        mixers[name].layout.set_state_size(mixers[name].module, layer.state_size_after)
-    update_configs(mixers)
-    if ddp is not None and replacements:
-        rebuild_reducer(ddp, [item.new for item in replacements])
+        if name in projections:
+            changed += _project(bare, mixers[name], projections[name], layer.state_size_after, optimizer)
+        else:
+            mixers[name].layout.set_state_size(mixers[name].module, layer.state_size_after)
+    update_configs(bare)
+    if ddp is not None and changed:
+        rebuild_reducer(ddp, changed)
     return CompressionReport(
         layers=[_layer_report(name, layer) for name, layer in plan.layers.items()],
         tokens=plan.tokens,
@@ -108,8 +117,18 @@ def validate(plan: CompressionPlan, mixers: dict[str, Mixer]) -> None:
     for name, layer in plan.layers.items():
         _validate_layer(name, layer, mixers[name])
     for names in layers_by_config(mixers):
+        layers = [plan.layers[name] for name in names]
         sizes = {name: plan.layers[name].state_size_after for name in names}
-        if len(set(sizes.values())) > 1:
+        projected = [
+            layer.realization == "projected" or mixers[name].is_projected
+            for name, layer in zip(names, layers, strict=True)
+        ]
+        if any(projected) and not all(projected):
+            raise ValueError(
+                "layers that share one config must all be projected or none, but the plan has "
+                f"{ {name: plan.layers[name].realization for name in names} }"
+            )
+        if len(set(sizes.values())) > 1 and not any(projected):
             raise ValueError(f"layers that share one config must keep one state_size, but the plan has {sizes}")
 
 
@@ -117,6 +136,11 @@ def _validate_layer(name: str, layer: LayerPlan, mixer: Mixer) -> None:
     before, kept = layer.state_size_before, layer.kept
     if mixer.state_size != before:
         raise ValueError(f"layer {name}: the plan is for state_size {before}, but the model has {mixer.state_size}")
+    if layer.realization == "projected":
+        _validate_projection(name, layer, mixer)
+        return
+    if kept is None:
+        raise ValueError(f"layer {name}: the plan has neither kept states nor a projection")
     if kept.dim() != 2 or kept.shape[0] != mixer.groups or not 1 <= kept.shape[1] <= before:
         raise ValueError(
             f"layer {name}: kept indices have shape {tuple(kept.shape)}; expected ({mixer.groups}, r) with r in "
@@ -137,6 +161,68 @@ def _validate_layer(name: str, layer: LayerPlan, mixer: Mixer) -> None:
         )
     if not torch.isfinite(layer.readout).all():
         raise ValueError(f"layer {name}: the readout matrix holds NaN or infinity")
+
+
+def _validate_projection(name: str, layer: LayerPlan, mixer: Mixer) -> None:
+    if not mixer.can_be_projected:
+        raise ValueError(f"layer {name}: the plan projects its states, which {mixer.layout.NAME} mixers do not allow")
+    projected_class(type(mixer.module))
+    before, after = layer.state_size_before, layer.state_size_after
+    for label in ("B_projection", "C_projection"):
+        matrix = getattr(layer, label)
+        expected = (before, mixer.groups * after)
+        if (
+            matrix is None
+            or tuple(matrix.shape) != expected
+            or not 1 <= after <= before
+            or layer.groups != mixer.groups
+        ):
+            shape = None if matrix is None else tuple(matrix.shape)
+            raise ValueError(
+                f"layer {name}: {label} has shape {shape}; expected {expected} with {mixer.groups} groups and r in "
+                f"1..{before}"
+            )
+        if not torch.isfinite(matrix).all():
+            raise ValueError(f"layer {name}: {label} holds NaN or infinity")
+
+
+@torch.no_grad()
+def _prepare_projection(mixer: Mixer, layer: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values of `B_projection` and `C_projection`; of a layer that is projected already, the products."""
+    if not mixer.is_projected:
+        return layer.B_projection, layer.C_projection
+    module, groups = mixer.module, mixer.groups
+    for name in ("B_projection", "C_projection"):
+        _refuse_hooks(getattr(module, name), f"{mixer.name}: {name}")
+    return tuple(
+        torch.einsum(
+            "ngm,mgr->ngr", old.double().cpu().unflatten(1, (groups, -1)), new.double().unflatten(1, (groups, -1))
+        ).flatten(1)
+        for old, new in ((module.B_projection, layer.B_projection), (module.C_projection, layer.C_projection))
+    )
+
+
+@torch.no_grad()
+def _project(
+    model: nn.Module, mixer: Mixer, values: tuple[torch.Tensor, torch.Tensor], size: int, optimizer: Optimizer | None
+) -> list[nn.Parameter]:
+    """Put a projection into a mixer and its optimizer; returns the new parameters."""
+    module = mixer.module
+    if mixer.is_projected:
+        for name, value in zip(("B_projection", "C_projection"), values, strict=True):
+            old = getattr(module, name)
+            new = nn.Parameter(value.to(old), requires_grad=old.requires_grad)
+            setattr(module, name, new)
+            if optimizer is not None:
+                replace_parameter(optimizer, old, new, None)
+        module.ssm_state_size = size
+    else:
+        project_in_place(mixer, size)
+        for parameter, value in zip((module.B_projection, module.C_projection), values, strict=True):
+            parameter.copy_(value)
+        if optimizer is not None:
+            add_parameters(optimizer, model, module, [module.B_projection, module.C_projection])
+    return [module.B_projection, module.C_projection]
 
 
 @torch.no_grad()
@@ -197,19 +283,6 @@ def _refuse_shared_parameters(model: nn.Module, mixers: dict[str, Mixer], plan: 
                 raise RuntimeError(f"layer {layer}: one parameter has several owners ({', '.join(shared)}); untie it")
 
 
-def update_configs(mixers: dict[str, Mixer]) -> None:
-    """Write the mixers' state size into the configs that rule them, so that checkpoints load."""
-    for names in layers_by_config(mixers):
-        mixer = mixers[names[0]]
-        if mixer.config is None:
-            continue
-        field = mixer.architecture.state_size_field
-        before = getattr(mixer.config, field, None)
-        if before != mixer.state_size:
-            setattr(mixer.config, field, mixer.state_size)
-            logger.info(f"{type(mixer.config).__name__}.{field}: {before} -> {mixer.state_size}")
-
-
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
     """Check that the moments an optimizer keeps for a model's parameters have the parameters' shapes.
 
@@ -246,16 +319,18 @@ def _count_parameters(model: nn.Module) -> int:
 
 
 def _layer_report(name: str, layer: LayerPlan) -> LayerReport:
-    changed = layer.state_size_after < layer.state_size_before
     return LayerReport(
         name=name,
         mixer_class=layer.mixer_class,
-        status="cut" if changed else "unchanged",
+        status="cut" if layer.is_change else "unchanged",
+        realization=layer.realization,
         state_size_before=layer.state_size_before,
         state_size_after=layer.state_size_after,
         criterion=layer.criterion,
         refit=layer.refit,
         relative_error=layer.relative_error,
-        kept=layer.kept.tolist(),
+        expected_errors=layer.expected_errors,
+        kept=None if layer.kept is None else layer.kept.tolist(),
         error_curve=layer.error_curve,
+        hankel_values=layer.hankel_values,
     )

@@ -30,7 +30,8 @@ from training import (
 from transformers import AutoModelForCausalLM, Trainer
 
 from hf_compressm import CompreSSMCallback, compress_, find_mixers, read_record, resize_while_loading, write_record
-from hf_compressm.checkpoint import load_inputs, resize_mixer, save_inputs, stop_resizing_while_loading
+from hf_compressm.checkpoint import load_inputs, save_inputs, stop_resizing_while_loading
+from hf_compressm.mixers.resize import resize_mixer, update_configs
 
 TESTS = Path(__file__).parent
 
@@ -51,7 +52,7 @@ def test_weights_of_another_size_are_loaded(tiny, direction):
     if direction == "larger":
         source, target = lively(tiny.build(2)), source
     resized = []
-    resize_while_loading(target, resized.extend)
+    resize_while_loading(target, lambda mixer, pairs: resized.extend(pairs))
     assert target.load_state_dict(source.state_dict()).missing_keys == []
     assert_same_weights(weights(target), weights(source))
     assert target.config.state_size == source.config.state_size == (3 if direction == "smaller" else 8)
@@ -67,7 +68,7 @@ def test_weights_of_another_size_are_loaded(tiny, direction):
 def test_weights_of_the_same_size_change_nothing_else(tiny):
     model = tiny.build()
     before = list(model.parameters())
-    resize_while_loading(model, lambda pairs: pytest.fail("nothing had to be resized"))
+    resize_while_loading(model, lambda mixer, pairs: pytest.fail("nothing had to be resized"))
     model.load_state_dict(lively(tiny.build(1)).state_dict())
     assert all(old is new for old, new in zip(before, model.parameters(), strict=True))
 
@@ -131,6 +132,7 @@ def test_resize_mixer_round_trip(tiny):
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for mixer in find_mixers(model).values():
         resize_mixer(mixer, 3)
+    update_configs(model)
     assert model.config.state_size == 3
     model(tokens())
     for mixer in find_mixers(model).values():

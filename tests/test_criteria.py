@@ -35,6 +35,7 @@ def made_up(groups: int = 1, channels: int = 1, size: int = 5, shared: bool = Fa
         state_gram=grams[0],
         readout_gram=grams[1],
         contribution_gram=grams[2],
+        state_energy=torch.ones(groups, channels, size),
         delta_sum=count * (0.1 + torch.rand(groups, channels, generator=generator)),
         B_sum=count * means[0],
         C_sum=count * means[1],
@@ -56,7 +57,8 @@ def mean_system(statistics: StateStatistics, group: int, channel: int) -> tuple[
 
 
 def test_table_holds_the_published_names():
-    assert set(CRITERIA) >= {"refit", "ghost", "hankel", "magnitude", "random", "smallest"}
+    published = {"ghost", "hankel", "empirical", "last", "aire", "sparsessm", "taylor", "magnitude"}
+    assert set(CRITERIA) >= published | {"refit", "random", "smallest"}
 
 
 def test_scores_have_one_number_for_each_state_of_each_group(tiny):
@@ -140,6 +142,86 @@ def test_hankel_scores_a_state_like_the_system_of_that_state_alone():
         Q = scipy.linalg.solve_discrete_lyapunov([[a[n]]], [[c[n] ** 2]])[0, 0]
         np.testing.assert_allclose(P, b[n] ** 2 / (1 - a[n] ** 2))
         assert CRITERIA["hankel"](statistics, 0)[0, n].item() == pytest.approx(math.sqrt(P * Q), rel=1e-5)
+
+
+def share_of_prefix(scores: list[float]) -> list[float]:
+    return [score / sum(other for other in scores if other >= score) for score in scores]
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["a rate per state", "a rate per head"])
+@pytest.mark.parametrize("name", ["last", "aire"])
+def test_scores_of_impulse_responses(name, shared):
+    statistics = made_up(groups=2, channels=3, shared=shared)
+    for group in range(2):
+        scores = []
+        for n in range(5):
+            total = 0.0
+            for channel in range(3):
+                a, b, c = (values[n] for values in mean_system(statistics, group, channel))
+                # The impulse response is c aᵗ b, and the peak of its frequency response, at frequency zero, its sum.
+                impulse = [c * a**t * b for t in range(2000)]
+                total += sum(impulse) ** 2 if name == "last" else sum(value**2 for value in impulse)
+            scores.append(total / 3)
+        ours = CRITERIA[name](statistics, 0)[group]
+        assert ours.tolist() == pytest.approx(share_of_prefix(scores), rel=1e-4)
+        assert ours.argsort().tolist() == np.argsort(scores).tolist()
+        assert ours.max().item() == 1
+
+
+@pytest.mark.parametrize("name", ["last", "aire"])
+def test_states_that_are_never_read_score_zero(name):
+    statistics = made_up()
+    statistics.C_sum[0, 2] = 0
+    assert CRITERIA[name](statistics, 0)[0, 2] == 0
+    statistics.C_sum[:] = 0
+    assert torch.equal(CRITERIA[name](statistics, 0), torch.zeros(1, 5, dtype=torch.float64))
+
+
+def test_empirical_is_the_product_of_what_is_reached_and_what_is_read(tiny):
+    mixer, statistics = measured(tiny, state_size=4)
+    run = run_mixer(mixer, statistics.inputs[0][0])
+    reached, read = np.zeros((run.groups, 4)), np.zeros((run.groups, 4))
+    for b, t in run.tokens():
+        for n in range(4):
+            for g in range(run.groups):
+                read[g, n] += run.C[b, t, g, n] ** 2
+            for d, g in enumerate(run.group):
+                reached[g, n] += run.weight[b, t, d] * run.h[b, t, d, n] ** 2
+    np.testing.assert_allclose(CRITERIA["empirical"](statistics, 0).numpy(), np.sqrt(reached * read), rtol=1e-4)
+
+
+def test_sparsessm_is_squared_parameters_times_squared_states(tiny):
+    mixer, statistics = measured(tiny, state_size=4)
+    run = run_mixer(mixer, statistics.inputs[0][0])
+    A_log = mixer.A_log.detach().double()
+    expected = np.zeros((run.groups, 4))
+    for b, t in run.tokens():
+        for d, g in enumerate(run.group):
+            for n in range(4):
+                parameter = A_log[d, n] if A_log.dim() == 2 else A_log[d // mixer.head_dim]
+                expected[g, n] += parameter.item() ** 2 * run.h[b, t, d, n] ** 2
+    np.testing.assert_allclose(CRITERIA["sparsessm"](statistics, 0).numpy(), expected, rtol=1e-4)
+
+
+def test_sparsessm_ranks_the_slowest_mode_of_a_fresh_mamba1_last():
+    model = TINY["mamba"].build(num_hidden_layers=1)
+    (statistics,) = measure(model, [tokens()]).values()
+    scores = CRITERIA["sparsessm"](statistics, 0)[0]
+    assert scores[0] == 0 and (scores[1:] > 0).all()
+
+
+def test_taylor_is_the_derivative_of_the_energy_by_a_gate_on_each_state(tiny):
+    mixer, statistics = measured(tiny, state_size=4)
+    run = run_mixer(mixer, statistics.inputs[0][0])
+    C = torch.from_numpy(run.C[:, :, run.group])
+    h, weight = torch.from_numpy(run.h), torch.from_numpy(run.weight)
+    gate = torch.ones(run.groups, 4, dtype=torch.float64, requires_grad=True)
+    y = (gate[torch.from_numpy(run.group)] * C * h).sum(-1)
+    ((weight * y.square()).sum() / 2).backward()
+    expected = gate.grad.abs()
+    torch.testing.assert_close(
+        CRITERIA["taylor"](statistics, 0), expected, rtol=1e-4, atol=1e-5 * expected.max().item()
+    )
 
 
 def test_gramians_are_averaged_over_channels():

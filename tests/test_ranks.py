@@ -8,15 +8,16 @@ from test_criteria import made_up
 
 from hf_compressm import CompreSSMConfig
 from hf_compressm.criteria import hankel_singular_values
-from hf_compressm.ranks import choose_state_size, fixed_state_size, states_for_energy, states_for_tolerance
+from hf_compressm.ranks import choose_state_sizes, fixed_state_size, states_for_energy, states_for_tolerance
 
 CURVE = torch.tensor([1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.0])
 
 
 def choose(config: CompreSSMConfig, curves: dict[str, torch.Tensor] | None = None) -> int:
     curves = {"layer": CURVE} if curves is None else curves
-    statistics = {name: made_up(size=len(curve) - 1) for name, curve in curves.items()}
-    return choose_state_size(config, statistics, curves)
+    sizes = choose_state_sizes(config, curves, {}, together=True)
+    assert len(set(sizes.values())) == 1
+    return next(iter(sizes.values()))
 
 
 @pytest.mark.parametrize(
@@ -107,9 +108,10 @@ def test_rounding_never_lifts_a_measured_rule_above_the_present_size():
 
 
 def test_hankel_rule_takes_the_most_demanding_layer_and_group():
-    statistics = {name: made_up(groups=2, size=8, seed=seed) for seed, name in enumerate("abc")}
+    values = {name: hankel_singular_values(made_up(groups=2, size=8, seed=seed)) for seed, name in enumerate("abc")}
     config = CompreSSMConfig(hankel_tolerance=0.05, max_kept_fraction=1.0)
-    wanted = [
-        states_for_energy(values, 0.05) for layer in statistics.values() for values in hankel_singular_values(layer)
-    ]
-    assert choose_state_size(config, statistics, {}) == max(wanted) < 8
+    wanted = {name: max(states_for_energy(group, 0.05) for group in layer) for name, layer in values.items()}
+    curves = dict.fromkeys("abc", CURVE)
+    assert choose_state_sizes(config, curves, values, together=False) == wanted
+    assert choose_state_sizes(config, curves, values, together=True) == dict.fromkeys("abc", max(wanted.values()))
+    assert max(wanted.values()) < 8

@@ -23,7 +23,16 @@ OPTIONS = {
     "no conv bias": {"use_conv_bias": False},
     "biases but none of the convolution": {"use_bias": True, "use_conv_bias": False},
 }
-SUMS = ["tokens", "state_gram", "readout_gram", "contribution_gram", "delta_sum", "B_sum", "C_sum"]
+SUMS = [
+    "tokens",
+    "state_gram",
+    "readout_gram",
+    "contribution_gram",
+    "state_energy",
+    "delta_sum",
+    "B_sum",
+    "C_sum",
+]
 
 
 def batch_of(mask: torch.Tensor | None = None, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -56,6 +65,7 @@ def naive_sums(run: NaiveRun) -> dict[str, np.ndarray]:
         "state_gram": np.zeros(grams),
         "readout_gram": np.zeros(grams),
         "contribution_gram": np.zeros(grams),
+        "state_energy": np.zeros((run.groups, channels, size)),
         "delta_sum": np.zeros((run.groups, channels)),
         "B_sum": np.zeros((run.groups, size)),
         "C_sum": np.zeros((run.groups, size)),
@@ -72,6 +82,8 @@ def naive_sums(run: NaiveRun) -> dict[str, np.ndarray]:
         for d, g in enumerate(run.group):
             h, w, C = run.h[b, t, d], run.weight[b, t, d], run.C[b, t, g]
             sums["delta_sum"][g, d % channels] += run.delta[b, t, d]
+            for n in range(size):
+                sums["state_energy"][g, d % channels, n] += h[n] ** 2
             for m in range(size):
                 for n in range(size):
                     sums["state_gram"][g, m, n] += w * h[m] * h[n]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from . import mamba1, mamba2
+from . import mamba1, mamba2, projected
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,11 @@ class Architecture:
 ARCHITECTURES: dict[str, Architecture] = {
     "MambaMixer": Architecture("mamba", mamba1, "state_size"),
     "Mamba2Mixer": Architecture("mamba2", mamba2, "state_size"),
+    "Zamba2MambaMixer": Architecture("zamba2", mamba2, "mamba_d_state"),
+    "BambaMixer": Architecture("bamba", mamba2, "mamba_d_state"),
+    "FalconH1Mixer": Architecture("falcon_h1", mamba2, "mamba_d_state"),
+    "GraniteMoeHybridMambaLayer": Architecture("granitemoehybrid", mamba2, "mamba_d_state"),
+    "NemotronHMamba2Mixer": Architecture("nemotron_h", mamba2, "ssm_state_size"),
 }
 
 
@@ -44,11 +50,21 @@ class Mixer:
 
     @property
     def layout(self) -> ModuleType:
-        return self.architecture.layout
+        return projected if self.is_projected else self.architecture.layout
 
     @property
     def state_size(self) -> int:
         return self.module.ssm_state_size
+
+    @property
+    def is_projected(self) -> bool:
+        """Whether its states are projections of more features."""
+        return hasattr(self.module, "B_projection")
+
+    @property
+    def can_be_projected(self) -> bool:
+        """Whether a change of the state's basis commutes with its dynamics: A is one number per head."""
+        return self.architecture.layout is mamba2
 
     @property
     def groups(self) -> int:
@@ -103,3 +119,11 @@ def _ruling_config(
         if (prefix == "" or name.startswith(f"{prefix}.")) and hasattr(model.config, architecture.state_size_field)
     ]
     return around[-1] if around else None
+
+
+def layers_by_config(mixers: dict[str, Mixer]) -> list[list[str]]:
+    """Names of the layers that share one config, and so its state size. Mixers without a config stand alone."""
+    together: dict[Any, list[str]] = {}
+    for name, mixer in mixers.items():
+        together.setdefault(name if mixer.config is None else id(mixer.config), []).append(name)
+    return list(together.values())

@@ -4,6 +4,9 @@ Shapes: I = intermediate_size, G = n_groups, H = num_heads, N = ssm_state_size. 
 [z: I | x: I | B: G N | C: G N | Δ: H], the channels of `conv1d` are [x: I | B: G N | C: G N]. B and C pass SiLU
 behind the convolution, so only a selection of states folds into a stock model, the same number in every group. The
 rows of the convolution's weight and bias go with the rows of in_proj, since SiLU(bias) is not zero.
+
+Six architectures of Transformers share this layout and its names. Falcon-H1 scales the mixer's input and, by
+`mup_vector`, the rows of in_proj's output; its norm may be missing, or come before the gate.
 """
 
 from __future__ import annotations
@@ -40,6 +43,13 @@ def groups(mixer: nn.Module) -> int:
 
 def set_state_size(mixer: nn.Module, state_size: int) -> None:
     """Write the new size into the numbers that the forward reads; the parameters have it already."""
+    if hasattr(mixer, "mup_vector"):
+        # Each part of in_proj's output has one multiplier, so any N' of a part's N entries are right.
+        axis = state_axes(mixer)[0]
+        kept = torch.arange(state_size).expand(mixer.n_groups, -1)
+        size = axis.state_size_of(mixer.mup_vector.shape[-1])
+        mixer.mup_vector = mixer.mup_vector[..., axis.index(kept, size).to(mixer.mup_vector.device)]
+        mixer.groups_time_state_size = mixer.n_groups * state_size
     mixer.ssm_state_size = state_size
     mixer.conv_dim = mixer.conv1d.weight.shape[0]
     mixer.conv1d.in_channels = mixer.conv1d.out_channels = mixer.conv1d.groups = mixer.conv_dim
@@ -51,25 +61,45 @@ def decay_rates(mixer: nn.Module) -> torch.Tensor:
     return _per_channel(mixer, -mixer.A_log.detach().float().exp())[..., None]
 
 
+def feature_size(mixer: nn.Module) -> int:
+    """The number of features that B_t and C_t have in each group: N, also where a projection leaves fewer states."""
+    return getattr(mixer, "feature_size", mixer.ssm_state_size)
+
+
+def feature_rows(mixer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """The in_proj rows of B and of C, each of shape (groups, N, hidden), float32."""
+    start, size = 2 * mixer.intermediate_size, feature_size(mixer)
+    rows = mixer.in_proj.weight.detach().float()[start : start + 2 * mixer.n_groups * size]
+    B, C = rows.view(2, mixer.n_groups, size, -1)
+    return B, C
+
+
 def parameter_norms(mixer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Norms of the in_proj rows of B and of C, each of shape (groups, N), float32."""
-    axis = state_axes(mixer)[0]
-    weight = mixer.in_proj.weight.detach().float()
-    rows = weight[axis.before : axis.length(mixer.ssm_state_size) - axis.after].norm(dim=1)
-    B, C = rows.view(2, mixer.n_groups, mixer.ssm_state_size)
-    return B, C
+    B, C = feature_rows(mixer)
+    return B.norm(dim=-1), C.norm(dim=-1)
 
 
 def scan_inputs(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> ScanInputs:
     """Recompute the recurrence's inputs from the mixer's input, in float32; arguments as in the Mamba-1 layout."""
     mask = token_mask(hidden_states, attention_mask)
     batch, length = mask.shape
-    inner, size, n_groups = mixer.intermediate_size, mixer.ssm_state_size, mixer.n_groups
-    projected = linear(mixer.in_proj, hidden_states.float() * mask[..., None])
+    inner, size, n_groups = mixer.intermediate_size, feature_size(mixer), mixer.n_groups
+    scale = getattr(mixer, "ssm_in_multiplier", 1)
+    projected = linear(mixer.in_proj, hidden_states.float() * mask[..., None] * scale)
+    if hasattr(mixer, "mup_vector"):
+        projected = projected * mixer.mup_vector.float()
     z, mixed, delta = projected.split([inner, mixer.conv_dim, mixer.num_heads], dim=-1)
     mixed = mixer.act(causal_conv(mixer.conv1d, mixed)) * mask[..., None]
     x, B, C = mixed.split([inner, n_groups * size, n_groups * size], dim=-1)
     delta = F.softplus(delta + mixer.dt_bias.float()).clamp(*mixer.time_step_limit)
+    norm, gain = mixer.norm, mixer.out_proj.weight.float().norm(dim=0)
+    if isinstance(norm, nn.Identity):
+        epsilon = norm_size = None
+    else:
+        gain, epsilon = gain * norm.weight.float(), norm.variance_epsilon
+        # Before Transformers 5.18 or so, Mamba-2's norm took all channels together.
+        norm_size = getattr(norm, "group_size", inner // getattr(norm, "n_groups", 1))
     return ScanInputs(
         delta=_per_channel(mixer, delta),
         A=decay_rates(mixer),
@@ -77,12 +107,12 @@ def scan_inputs(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: t
         B=B.reshape(batch, length, n_groups, size),
         C=C.reshape(batch, length, n_groups, size),
         gate=F.silu(z).reshape(batch, length, n_groups, -1),
-        gain=(mixer.out_proj.weight.float().norm(dim=0) * mixer.norm.weight.float()).view(n_groups, -1),
+        gain=gain.view(n_groups, -1),
         mask=mask,
         D=_per_channel(mixer, mixer.D.float()),
-        norm_epsilon=mixer.norm.variance_epsilon,
-        # Before Transformers 5.18 or so, the norm took all channels together.
-        norm_size=getattr(mixer.norm, "group_size", inner),
+        norm_epsilon=epsilon,
+        norm_size=norm_size,
+        norm_before_gate=getattr(norm, "norm_before_gate", False),
     )
 
 

@@ -76,6 +76,7 @@ class ScanInputs:
         D: the skip's weight, shape (groups, channels).
         norm_epsilon: of the gated RMS norm behind the scan (Mamba-2); None where there is none.
         norm_size: how many neighbouring channels the norm divides by one root mean square.
+        norm_before_gate: whether the norm takes its mean square before the gate is multiplied in.
     """
 
     delta: torch.Tensor
@@ -89,6 +90,7 @@ class ScanInputs:
     D: torch.Tensor
     norm_epsilon: float | None = None
     norm_size: int | None = None
+    norm_before_gate: bool = False
 
     def weight(self, y: torch.Tensor, start: int) -> torch.Tensor:
         """How much a squared error of y_t[g,d] counts in what the layer passes on: silu(z)² ‖W_out[:,d]‖².
@@ -106,7 +108,9 @@ class ScanInputs:
         gate = self.gate[:, time].transpose(0, 1)
         weight = (gate * self.gain) ** 2
         if self.norm_epsilon is not None:
-            normed = (y + self.D * self.x[:, time].transpose(0, 1)) * gate
+            normed = y + self.D * self.x[:, time].transpose(0, 1)
+            if not self.norm_before_gate:
+                normed = normed * gate
             together = normed.square().flatten(-2).unflatten(-1, (-1, self.norm_size))
             mean_square = together.mean(-1, keepdim=True).expand_as(together).reshape(y.shape)
             weight = weight / (mean_square + self.norm_epsilon)
