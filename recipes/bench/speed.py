@@ -6,9 +6,10 @@
 
 Measured on stock Transformers models with random weights and random data: (a) milliseconds per training step against
 N; (b) the step of a cut model against one born at that size, in turns, as a ratio; (c) one cut, split into its parts,
-in training steps of the same batch; (d) the peak memory of a cut against that of a training step. Medians with the
-smallest and largest value; nothing here is a test. On a CPU set glibc's malloc to keep memory (`make bench` does):
-page faults dominate otherwise. The environment is written down with the results.
+in training steps of the same batch; (d) the peak memory of a cut against that of a training step; (e) training step
+and decoding of Mamba-2 uncut, cut to a stock model, and projected. Medians with the smallest and largest value;
+nothing here is a test. On a CPU set glibc's malloc to keep memory (`make bench` does): page faults dominate otherwise.
+The environment is written down with the results.
 """
 
 from __future__ import annotations
@@ -84,6 +85,22 @@ class Training:
         self.model = model.to(device)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.batch = torch.randint(256, (work.batch, work.length), device=device)
+
+    def decode(self, new_tokens: int = 24) -> float:
+        """One token of cached greedy generation, in milliseconds."""
+        self.model.eval()
+        start = time.perf_counter()
+        self.model.generate(
+            self.batch[:, :8],
+            attention_mask=torch.ones_like(self.batch[:, :8]),
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            do_sample=False,
+        )
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        self.model.train()
+        return 1000 * (time.perf_counter() - start) / new_tokens
 
     def step(self) -> float:
         """One training step, in milliseconds."""
@@ -172,6 +189,31 @@ def time_cuts(architecture: str, work: Workload, device: str) -> list[dict[str, 
                 "steps": 1000 * sum(parts.values()) / step,
             }
         )
+    return results
+
+
+def compare_realizations(work: Workload, device: str) -> list[dict[str, Any]]:
+    """(e) Mamba-2 uncut, cut to a stock model and projected: training step, and decoding of one token."""
+    results = []
+    for before, after in work.cuts:
+        trainings = {name: Training("mamba2", before, work, device) for name in ("uncut", "stock", "projected")}
+        for name, training in trainings.items():
+            training.step()
+            if name != "uncut":
+                config = CompreSSMConfig(state_size=after, realization=name)
+                compress(training.model, [training.batch] * 2, config, training.optimizer)
+        steps = in_turns(2 * work.rounds, *(training.step for training in trainings.values()))
+        tokens = in_turns(work.rounds, *(training.decode for training in trainings.values()))
+        for (name, training), step_ms, token_ms in zip(trainings.items(), steps, tokens, strict=True):
+            results.append(
+                {
+                    "realization": name,
+                    "state_size": f"{before} → {training.model.config.state_size}",
+                    "parameters": training.model.num_parameters(),
+                    "step_ms": spread(step_ms),
+                    "token_ms": spread(token_ms),
+                }
+            )
     return results
 
 
@@ -285,6 +327,16 @@ def markdown(results: dict[str, Any]) -> str:
             f"| {row['architecture']} | {row['state_size']} | {row['step_mib']:.0f} | {row['cut_mib']:.0f} |"
             for row in results["memory"]
         ),
+        "",
+        "## (e) Mamba-2, by realization",
+        "",
+        "| realization | N | parameters | ms per training step | ms per decoded token of each sequence |",
+        "|---|---|---|---|---|",
+        *(
+            f"| {row['realization']} | {row['state_size']} | {row['parameters']:,} | {_spread(row['step_ms'], 1)} "
+            f"| {_spread(row['token_ms'], 2)} |"
+            for row in results["realizations"]
+        ),
     ]
     return "\n".join(lines) + "\n"
 
@@ -315,6 +367,9 @@ def main() -> None:
         results[key] = [row for kind in architectures for row in measure(kind, work, arguments.device)]
     print("measuring memory ...", file=sys.stderr, flush=True)
     results["memory"] = [measure_memory(kind, arguments, work) for kind in architectures]
+
+    print("measuring realizations ...", file=sys.stderr, flush=True)
+    results["realizations"] = compare_realizations(work, arguments.device)
 
     arguments.output.mkdir(parents=True, exist_ok=True)
     file = arguments.output / f"speed-{name}.json"

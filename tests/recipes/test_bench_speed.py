@@ -20,6 +20,7 @@ def test_quick_run_writes_every_table(tmp_path):
     for row in results["cuts"]:
         assert set(row["parts_ms"]) == {"measure", "plan", "check", "apply"}
         assert row["tokens"] >= 4096 and row["steps"] > 0
+    assert [row["realization"] for row in results["realizations"]] == ["uncut", "stock", "projected"]
     assert results["machine"]["versions"]["torch"]
     table = (tmp_path / "speed-quick.md").read_text()
-    assert all(f"## ({part})" in table for part in "abcd") and table in result.stdout
+    assert all(f"## ({part})" in table for part in "abcde") and table in result.stdout
