@@ -30,8 +30,15 @@ from .distributed.ddp import rebuild_reducer, reducer_is_stale, unwrap
 from .mixers import Mixer, find_mixers
 from .mixers.resize import ParameterPairs, resize_mixer, update_configs
 from .optimizer import add_parameters, remove_parameter, replace_parameter, sliced_state, unwrap_optimizer
-from .plan import CompressionPlan, bytes_per_state, plan_compression, refuse_projection
-from .ranks import fixed_state_size, fixed_target, round_up
+from .plan import (
+    CompressionPlan,
+    bytes_per_state,
+    check_list_of_sizes,
+    must_project,
+    plan_compression,
+    refuse_projection,
+)
+from .ranks import fixed_sizes, fixed_state_size, round_up, states_for_budget
 from .replay import InputRecorder, compare_outputs, first_rows
 from .report import CompressionReport
 from .schedule import cut_steps
@@ -271,7 +278,9 @@ class Compressor:
         self.state_size = max(mixer.state_size for mixer in find_mixers(self.model).values())
         self.recorder.wanted_tokens = self.wanted_tokens
         for entry in self.history:
-            if entry["status"] == "cut" and max(l["state_size_after"] for l in entry["layers"]) < self.state_size:
+            pairs = zip(entry.get("layers", []), find_mixers(self.model).values(), strict=False)
+            larger = any(layer["state_size_after"] < mixer.state_size for layer, mixer in pairs)
+            if entry["status"] == "cut" and larger:
                 entry["status"] = "undone by loading"
 
     def remove(self) -> None:
@@ -296,23 +305,18 @@ class Compressor:
 
     def _check_target(self) -> None:
         """Refuse a target that no cut could reach at the start, not hours later."""
-        size, mixers = self.config.state_size, find_mixers(self.model)
-        if isinstance(size, list):
-            if len(size) != len(mixers):
-                raise ValueError(
-                    f"state_size lists {len(size)} numbers, {size}, but the model has {len(mixers)} mixers"
-                )
-            for (name, mixer), target in zip(mixers.items(), size, strict=True):
-                if target > mixer.state_size:
-                    raise ValueError(
-                        f"layer {name}: target state_size {target} is above the current {mixer.state_size}; choose "
-                        f"1..{mixer.state_size}"
-                    )
-        elif size is not None:
-            largest = max(mixers.values(), key=lambda mixer: mixer.state_size)
-            fixed_target(self.config, largest.name, largest.state_size)
-        if self.config.realization == "projected":
+        config, mixers = self.config, find_mixers(self.model)
+        check_list_of_sizes(config, mixers)
+        if must_project(config):
             refuse_projection([mixer for mixer in mixers.values() if not mixer.can_be_projected])
+        if config.state_size is not None:
+            present = {name: mixer.state_size for name, mixer in mixers.items()}
+            fixed_sizes(config, present, {name: number for number, name in enumerate(mixers)})
+        if config.state_bytes is not None:
+            # What the states are worth plays no part in whether they fit.
+            worth = {name: torch.zeros(mixer.state_size + 1) for name, mixer in mixers.items()}
+            costs = {name: bytes_per_state(mixer) for name, mixer in mixers.items()}
+            states_for_budget(worth, costs, config.state_bytes, config.multiple_of)
 
     def _target(self) -> int:
         size = fixed_state_size(self.config.state_size, self._size_at_first)
@@ -334,12 +338,15 @@ class Compressor:
         present = [mixer.state_size for mixer in find_mixers(self.model).values()]
         if isinstance(self.config.state_size, list):
             return [
-                max(target, min(size, round(size * (target / size) ** (1 / remaining))))
+                max(target, min(size - 1, round(size * (target / size) ** (1 / remaining))))
                 for size, target in zip(present, self.config.state_size, strict=True)
             ]
         size = round_up(round(self.state_size * (self._target() / self.state_size) ** (1 / remaining)), multiple)
         if isinstance(multiple, int):
             size = min(size, (max(present) - 1) // multiple * multiple)
+        elif size >= max(present):
+            # There is no smaller size of a kernel on the way.
+            size = self._target()
         return max(self._target(), size)
 
     def _warn_of_untrained_states(self) -> None:

@@ -133,6 +133,11 @@ class CompreSSMConfig:
                 f"{rule} gives each layer a state size of its own, but a stock config holds one for all layers; set "
                 "realization='projected' (Mamba-2 layouts), or one state_size"
             )
+        if isinstance(self.state_size, list) and self.multiple_of != 1:
+            raise ValueError(
+                f"multiple_of is {self.multiple_of!r}, but a list of state sizes is taken as it is; round its numbers "
+                "yourself"
+            )
         for name in ("refit", "pragmatic"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")

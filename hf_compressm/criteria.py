@@ -72,7 +72,7 @@ def empirical(statistics: StateStatistics, seed: int) -> torch.Tensor:
 def last(statistics: StateStatistics, seed: int) -> torch.Tensor:
     """LAST (arXiv 2411.02824): the squared H∞ norm of each state alone, b² c² / (1 − |a|)², of the mean-LTI surrogate.
 
-    Averaged over channels, then divided by the sum of all that are at least as large.
+    Averaged over channels, then divided by the sum of it and all larger ones.
     """
     delta, B, C, rates = _mean_inputs(statistics)
     gap = -torch.expm1(delta[..., None] * rates)
@@ -168,7 +168,7 @@ def _mean_inputs(statistics: StateStatistics) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _share_of_prefix(scores: torch.Tensor) -> torch.Tensor:
-    """s_n / Σ {s_m: s_m ≥ s_n}: keeps the order of a layer's states, and makes scores of different layers comparable."""
+    """Each score over the sum of it and all larger ones: keeps a layer's order, and makes layers comparable."""
     falling, order = scores.sort(dim=-1, descending=True, stable=True)
     shares = falling / falling.cumsum(-1).clamp_min(torch.finfo(scores.dtype).tiny)
     return torch.empty_like(scores).scatter_(-1, order, shares)

@@ -40,6 +40,7 @@ from transformers import (
     Zamba2Config,
 )
 from transformers import initialization as init
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.integrations.accelerate import force_accelerate_hooks
 from transformers.models.bamba import modeling_bamba
 from transformers.models.falcon_h1 import modeling_falcon_h1
@@ -290,10 +291,18 @@ def projected_class(stock: type) -> type:
                 content["state_size_field"] = PROJECTED_CLASSES[base].state_size_field
                 content["feature_size"] = content["state_ranks"] = None
                 content["__annotations__"] = {"feature_size": int | None, "state_ranks": list[int] | None}
+                share_weight_conversions(stock.model_type, content["model_type"])
             else:
                 content["functions"] = PROJECTED_CLASSES[base].functions
         PROJECTED_CLASSES[stock] = type(f"Projected{stock.__name__}", (parent, stock), content)
     return PROJECTED_CLASSES[stock]
+
+
+def share_weight_conversions(stock: str, projected: str) -> None:
+    """Save and load weights under the names that the stock model type has in files: Transformers may rename some."""
+    conversions = get_checkpoint_conversion_mapping(stock)
+    if conversions is not None:
+        register_checkpoint_conversion_mapping(projected, conversions, overwrite=True)
 
 
 def stock_class(projected: type) -> type:
@@ -448,3 +457,6 @@ PROJECTED_CLASSES: dict[type, type] = {
 }
 MODEL_CLASSES = [cls for cls in PROJECTED_CLASSES.values() if issubclass(cls, PreTrainedModel)]
 CONFIG_CLASSES = [cls for cls in PROJECTED_CLASSES.values() if issubclass(cls, PreTrainedConfig)]
+
+for cls in CONFIG_CLASSES:
+    share_weight_conversions(stock_class(cls).model_type, cls.model_type)

@@ -278,7 +278,7 @@ def plan_compression(
     """
     mixers = find_mixers(unwrap(model)[0])
     _check_statistics(mixers, statistics)
-    _check_list_of_sizes(config, mixers)
+    check_list_of_sizes(config, mixers)
     ranked = {name: _rank(mixers[name], layer, config) for name, layer in statistics.items()}
     projected_curves = {
         name: _projected_curve(mixers[name], layer, config, across_processes)
@@ -323,7 +323,8 @@ def _projected_curve(
     return mean_field_error_curve(statistics)
 
 
-def _check_list_of_sizes(config: CompreSSMConfig, mixers: dict[str, Mixer]) -> None:
+def check_list_of_sizes(config: CompreSSMConfig, mixers: dict[str, Mixer]) -> None:
+    """Raise a ValueError if `state_size` is a list that does not have a number for each mixer."""
     if isinstance(config.state_size, list) and len(config.state_size) != len(mixers):
         raise ValueError(
             f"state_size lists {len(config.state_size)} numbers, {config.state_size}, but the model has {len(mixers)} "
@@ -341,7 +342,7 @@ def _choose(
 ) -> tuple[dict[str, int], bool]:
     """The new sizes of the layers that share a config, and whether they are projected."""
     refused = [mixers[name] for name in names if not mixers[name].can_be_projected]
-    if config.realization == "projected" or config.state_bytes is not None or isinstance(config.state_size, list):
+    if must_project(config):
         refuse_projection(refused)
     numbers = {name: number for number, name in enumerate(mixers)}
     # Only a stock model's config holds one number for all.
@@ -373,6 +374,11 @@ def _choose(
         ),
         False,
     )
+
+
+def must_project(config: CompreSSMConfig) -> bool:
+    """Whether a config leaves no choice: only projected layers may have sizes of their own."""
+    return config.realization == "projected" or config.state_bytes is not None or isinstance(config.state_size, list)
 
 
 def refuse_projection(mixers: list[Mixer]) -> None:

@@ -54,13 +54,16 @@ def states_for_budget(
         multiple_of: sizes that a layer may have; as in CompreSSMConfig.
 
     Raises:
-        ValueError: the smallest sizes already take more.
+        ValueError: the smallest sizes already take more, or the present ones no more.
 
     Example:
         >>> curves = {"a": torch.tensor([1.0, 0.1, 0.0]), "b": torch.tensor([1.0, 0.9, 0.0])}
         >>> states_for_budget(curves, {"a": 4, "b": 4}, budget=12)
         {'a': 1, 'b': 2}
     """
+    whole = sum((len(curve) - 1) * bytes_per_state[layer] for layer, curve in error_curves.items())
+    if whole <= budget:
+        raise ValueError(f"state_bytes is {budget}, but the states take {whole} bytes as they are; give less")
     allowed = {layer: _allowed_sizes(len(curve) - 1, multiple_of) for layer, curve in error_curves.items()}
     chosen = {layer: sizes.pop(0) for layer, sizes in allowed.items()}
     used = sum(chosen[layer] * bytes_per_state[layer] for layer in chosen)
@@ -118,7 +121,7 @@ def choose_state_sizes(
     """
     present = {name: len(curve) - 1 for name, curve in error_curves.items()}
     if config.state_size is not None:
-        return _fixed_sizes(config, present, numbers or {})
+        return fixed_sizes(config, present, numbers or {})
     if config.state_bytes is not None:
         return states_for_budget(error_curves, bytes_per_state, config.state_bytes, config.multiple_of)
     if config.tolerance is not None:
@@ -136,7 +139,8 @@ def choose_state_sizes(
     }
 
 
-def _fixed_sizes(config: CompreSSMConfig, present: dict[str, int], numbers: dict[str, int]) -> dict[str, int]:
+def fixed_sizes(config: CompreSSMConfig, present: dict[str, int], numbers: dict[str, int]) -> dict[str, int]:
+    """What a fixed `state_size` leaves each layer of its present size; arguments as in `choose_state_sizes`."""
     if isinstance(config.state_size, list):
         sizes = {name: config.state_size[numbers[name]] for name in present}
         for name, size in sizes.items():

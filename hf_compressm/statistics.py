@@ -121,7 +121,7 @@ class StateStatistics:
     def _add_states(self, states: torch.Tensor, C: torch.Tensor, inputs: Any, start: int) -> None:
         """Add states of shape (steps, batch, groups, channels, N), read out by C (steps, batch, groups, N)."""
         mask = inputs.mask[:, start : start + states.shape[0]].transpose(0, 1)
-        self.state_energy += (states * mask[..., None, None, None]).square_().sum(dim=(0, 1))
+        self.state_energy += torch.tensordot(mask, states.square(), dims=2)
         y = (states @ C[..., None]).squeeze(-1)
         root = inputs.weight(y, start).sqrt()
         weighted = (states * root[..., None]).flatten(0, 1)

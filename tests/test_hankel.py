@@ -97,10 +97,11 @@ def test_control_package_identifies_the_same_system_from_its_impulse_response(se
 @pytest.mark.parametrize("seed", SEEDS)
 def test_control_package_finds_the_error_within_the_bound(seed):
     a, B, C = system("real", seed)
-    # Its norm is right only for as many outputs as inputs.
+    # Its norm is right only for as many outputs as inputs, and for errors that are not tiny beside the system: it
+    # compares eigenvalues with an absolute tolerance. The test below takes all ranks, on a grid.
     C = C[:2]
     values = hankel_values(a, B, C)
-    for rank in range(1, len(a)):
+    for rank in range(1, 5):
         error = discrete(a.diag(), B, C) - discrete(*truncate(a, B, C, rank))
         norm = control.system_norm(error, p="inf", tol=1e-6)
         assert values[rank] * (1 - 1e-4) <= norm <= error_bound(values, rank) * (1 + 1e-4)
