@@ -9,7 +9,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 MALLOC := MALLOC_MMAP_THRESHOLD_=34359738368 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=67108864
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed lint format bench clean
+.PHONY: help demo test test-distributed lint format bench bench-quality clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -33,6 +33,9 @@ format: $(VENV)/.ready  ## put the code into style
 
 bench: $(VENV)/.ready  ## measure step times, the cost of a cut and its memory; writes recipes/bench/results/
 	$(MALLOC) $(RUN) recipes/bench/speed.py
+
+bench-quality: $(VENV)/.ready  ## compare every way of cutting on trained models; writes recipes/bench/results/ (40 minutes)
+	OMP_NUM_THREADS=1 $(MALLOC) $(RUN) recipes/bench/quality.py
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache

@@ -26,6 +26,7 @@ RECORD_FILE = "compressm.json"
 INPUTS_FILE = "compressm_inputs_{rank}.safetensors"
 RECORD_VERSION = 1
 
+PROJECTIONS = {"B_projection", "C_projection"}
 # Called with the mixer and the parameters that a resize replaced, added and removed.
 OnResize = Callable[[Mixer, ParameterPairs], None]
 
@@ -49,7 +50,7 @@ def resize_while_loading(model: nn.Module, on_resize: OnResize | None = None) ->
     # The hook lies on the mixer, and must not keep a model alive that nobody uses any more.
     owner = weakref.ref(model)
     for mixer in find_mixers(model).values():
-        hook = functools.partial(_resize_to_incoming, owner, mixer, on_resize)
+        hook = functools.partial(_resize_to_incoming, owner, mixer, on_resize, set())
         _LOAD_HOOKS[mixer.module] = mixer.module.register_load_state_dict_pre_hook(hook)
 
 
@@ -65,12 +66,23 @@ def _resize_to_incoming(
     owner: weakref.ref[nn.Module],
     mixer: Mixer,
     on_resize: OnResize | None,
+    seen: set[str],
     module: nn.Module,
     state_dict: dict[str, torch.Tensor],
     prefix: str,
     *_: Any,
 ) -> None:
-    projection = state_dict.get(f"{prefix}B_projection")
+    # A checkpoint of several files comes in parts, in any order: a projected mixer is only taken for a stock one when
+    # all of a stock mixer's parameters came without a projection.
+    names = {name for name, _ in module.named_parameters()}.difference(PROJECTIONS)
+    incoming = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
+    seen |= incoming
+    whole = names <= seen
+    without_projection = names <= incoming or (whole and not seen & PROJECTIONS)
+    if whole:
+        seen.clear()
+
+    projection = next((state_dict[f"{prefix}{name}"] for name in sorted(PROJECTIONS & incoming)), None)
     if projection is not None and projection.dim() == 2 and mixer.can_be_projected:
         features = projection.shape[0]
         size = projection.shape[1] // mixer.groups
@@ -79,6 +91,8 @@ def _resize_to_incoming(
         fits = fits or (not mixer.is_projected and _incoming_size(mixer, state_dict, prefix) == features)
     else:
         features, size = None, _incoming_size(mixer, state_dict, prefix)
+        if mixer.is_projected:
+            size = (size or mamba2.feature_size(module)) if without_projection else None
         fits = size is not None
     # Weights that belong to no one state size are left to load_state_dict's own error.
     if not fits or (size == mixer.state_size and (features is not None) == mixer.is_projected):

@@ -342,12 +342,9 @@ class Compressor:
                 for size, target in zip(present, self.config.state_size, strict=True)
             ]
         size = round_up(round(self.state_size * (self._target() / self.state_size) ** (1 / remaining)), multiple)
-        if isinstance(multiple, int):
-            size = min(size, (max(present) - 1) // multiple * multiple)
-        elif size >= max(present):
-            # There is no smaller size of a kernel on the way.
-            size = self._target()
-        return max(self._target(), size)
+        most = max(present) - 1
+        largest = most // multiple * multiple if isinstance(multiple, int) else 1 << (most.bit_length() - 1)
+        return max(self._target(), min(size, largest))
 
     def _warn_of_untrained_states(self) -> None:
         """An optimizer that was built before the model was resized would silently leave layers as they are."""

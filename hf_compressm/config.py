@@ -59,7 +59,7 @@ class CompreSSMConfig:
     state_bytes: int | None = _option(
         None,
         "Bytes that the recurrent state of one sequence may take in all projected layers together, in the model's "
-        "dtype; each layer keeps the states that lower the expected error most per byte.",
+        "dtype; shared out so that the sum of the layers' squared errors is the least.",
     )
     realization: str = _option(
         "stock",

@@ -11,8 +11,8 @@ parameters `B_projection` = [W_1 | W_2 | ...] and `C_projection` = [V_1 | V_2 | 
 
 A config of these models is the stock one, with two more fields. `feature_size` is N. `state_size` (under the name
 that the architecture has for it) is the state that the scan and the cache hold, r; the layers may differ, then
-`state_ranks` lists r mixer by mixer and `state_size` is the largest. From scratch the two matrices start orthonormal,
-W = V:
+`state_ranks` lists r mixer by mixer and `state_size` is the smallest, so that no stock class finds the weights' shapes
+right. From scratch the two matrices start orthonormal, W = V:
 
     CompressmMamba2ForCausalLM(CompressmMamba2Config(state_size=8, feature_size=64, ...))
 
@@ -215,10 +215,10 @@ def check_config(config: PreTrainedConfig) -> None:
         raise ValueError(f"{name}.feature_size is not set: give the number N of features that feed the {size} states")
     if not 1 <= size <= features:
         raise ValueError(f"{name}.{field} is {size}; with feature_size {features} it must be one of 1..{features}")
-    if ranks is not None and (max(ranks, default=0) != size or min(ranks, default=0) < 1):
+    if ranks is not None and (min(ranks, default=0) != size or max(ranks, default=0) > features):
         raise ValueError(
-            f"{name}.state_ranks is {ranks}; each must be at least 1, and the largest equal to {field}, which is "
-            f"{size}"
+            f"{name}.state_ranks is {ranks}; each must be one of 1..{features}, and the smallest equal to {field}, "
+            f"which is {size}"
         )
 
 

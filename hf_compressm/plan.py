@@ -294,7 +294,7 @@ def plan_compression(
     layers = {}
     for name, layer in statistics.items():
         mixer, size = mixers[name], sizes[name]
-        if name in projected:
+        if name in projected and (size < mixer.state_size or not mixer.is_projected):
             plan = _plan_projection(mixer, layer, size, config, across_processes)
             projected_curves[name] = plan.error_curve
         else:
@@ -362,7 +362,7 @@ def _choose(
             return sizes, False
         largest = max(sizes.values())
         near_lossless = together and all(float(ranked[name].curve[largest]) <= NEARLY_LOSSLESS for name in names)
-        if config.realization == "projected" or not near_lossless:
+        if must_project(config) or not near_lossless:
             return sizes, True
         return dict.fromkeys(names, largest), False
     return (

@@ -13,7 +13,7 @@ least-squares problem when the other is fixed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,9 @@ COORDINATES_OF_A_CURVE = 64
 # Conjugate-gradient steps each time that W or V is solved for.
 STEPS_PER_ROUND = 6
 PENALTY = 1e-3
+# Where balanced truncation loses more than this, least squares would mend many tokens at the cost of few decisive
+# ones: on a recall task that needs more states than are kept, the loss rose by half while the error fell.
+LARGEST_ERROR_TO_FIT = 0.5
 PRECONDITIONER_RIDGE = 1e-3
 
 
@@ -45,7 +48,7 @@ class Projection:
         B_projection, C_projection: [W_1 | ... | W_G] and [V_1 | ... | V_G], shape (N, groups × r), float32, on the
             CPU.
         relative_error: √(E / Σ w y²) on the calibration tokens.
-        method: `balanced` or `alternating least squares`.
+        method: `balanced` or `alternating least squares`; `none` where all states stay, and W and V are the identity.
         error_curve: the relative error of balanced truncation alone with r = 0 … N states, as `measured_error_curve`.
     """
 
@@ -76,17 +79,26 @@ def measured_error_curve(mixer: Mixer, statistics: StateStatistics, *, across_pr
     """
     balanced = balance(statistics.state_gram, statistics.readout_gram)
     coordinates = min(statistics.state_size, COORDINATES_OF_A_CURVE)
-    tokens = _token_sums(mixer, statistics, balanced.W[..., :coordinates], balanced.V[..., :coordinates])
-    return _error_curve(tokens, statistics, sum_over_processes if across_processes else _unchanged)
+    W, V = balanced.W[..., :coordinates], balanced.V[..., :coordinates]
+    cross, energy = torch.zeros(coordinates), torch.zeros(())
+    contributions = torch.zeros(coordinates, coordinates)
+    cross, energy, contributions = (item.to(statistics.state_gram.device) for item in (cross, energy, contributions))
+    for h, c, y, weight in _stream_coordinates(mixer, statistics, W, V):
+        root = weight.sqrt()[..., None]
+        parts = (h * c[..., None, :] * root).flatten(0, -2)
+        cross += parts.T @ (y[..., None] * root).flatten()
+        contributions += parts.T @ parts
+        energy += (weight * y.square()).sum()
+    total = sum_over_processes if across_processes else _unchanged
+    return _error_curve(total(cross), total(contributions), total(energy), statistics)
 
 
 def _error_curve(
-    tokens: _TokenSums, statistics: StateStatistics, total: Callable[[torch.Tensor], torch.Tensor]
+    cross: torch.Tensor, contributions: torch.Tensor, energy: torch.Tensor, statistics: StateStatistics
 ) -> torch.Tensor:
-    # With the first r coordinates, E(r) = Σ w y² − 2 Σ_{i≤r} c_i p_i + Σ_{i,j≤r} c_i c_j G_ij, over tokens and groups.
-    cross = total((tokens.c * tokens.p).sum((0, 1)).double())
-    contributions = total(torch.einsum("tgi,tgij,tgj->ij", tokens.c, tokens.gram, tokens.c).double())
-    energy = total(tokens.energy.sum().double())
+    """From Σ w y c_i h'_i, Σ w c_i h'_i c_j h'_j and Σ w y², over tokens, groups and channels."""
+    cross, contributions, energy = cross.double(), contributions.double(), energy.double()
+    # With the first r coordinates, E(r) = Σ w y² − 2 Σ_{i≤r} Σ w y c_i h'_i + Σ_{i,j≤r} Σ w c_i h'_i c_j h'_j.
     corners = contributions.cumsum(0).cumsum(1).diagonal()
     errors = torch.cat([energy[None], energy - 2 * cross.cumsum(0) + corners]).clamp_min(0).cpu()
     measured = (errors / errors[0].clamp_min(torch.finfo(errors.dtype).tiny)).clamp(max=1).sqrt()
@@ -114,23 +126,38 @@ def fit_projection(
         mixer: a mixer of a Mamba-2 layout; it is only read.
         statistics: of this layer, with its recorded inputs.
         rank: r, the states that each group keeps.
-        rounds: how often W and V take turns; 0 keeps the balanced truncation.
+        rounds: how often W and V take turns; 0 keeps the balanced truncation, as does an error of it that is too large
+            to be mended.
         across_processes: fit on the inputs of all processes; all of them must call this.
 
     """
     total: Callable[[torch.Tensor], torch.Tensor] = sum_over_processes if across_processes else _unchanged
     size, groups = statistics.state_size, statistics.groups
+    if rank == size:
+        # Exact, also in directions that these inputs did not reach.
+        unit = torch.eye(size).repeat(1, groups)
+        curve = measured_error_curve(mixer, statistics, across_processes=across_processes)
+        return Projection(unit, unit.clone(), 0.0, "none", curve)
     balanced = balance(statistics.state_gram, statistics.readout_gram)
     W, V = _fill_up(mixer.name, balanced, rank)
     coordinates = min(size, max(FEWEST_COORDINATES, 4 * rank))
     W, V = W[..., :coordinates], V[..., :coordinates]
     tokens = _token_sums(mixer, statistics, W, V)
+    curve = _error_curve(
+        total((tokens.c * tokens.p).sum((0, 1))),
+        total(torch.einsum("tgi,tgij,tgj->ij", tokens.c, tokens.gram, tokens.c)),
+        total(tokens.energy.sum()),
+        statistics,
+    )
+    if curve[rank] > LARGEST_ERROR_TO_FIT:
+        rounds = 0
     energy, error, columns = total(tokens.energy.sum()), 0.0, []
     for group in range(groups):
         part = tokens.of_group(group)
         left = right = torch.eye(coordinates, rank, dtype=torch.float64)
         fits = [(total(part.error(left, right)), left, right)]
-        if rank < size:
+        # A group that passes nothing on has nothing to fit.
+        if balanced.numerical_rank[group] > 0:
             for _ in range(rounds):
                 right = _solve(part, left, right, balanced.singular_values[group], total, solve_for="right")
                 left = _solve(part, left, right, balanced.singular_values[group], total, solve_for="left")
@@ -143,8 +170,8 @@ def fit_projection(
         B_projection=torch.cat([W for W, _ in columns], dim=1).float(),
         C_projection=torch.cat([V for _, V in columns], dim=1).float(),
         relative_error=float(relative),
-        method="alternating least squares" if rounds > 0 and rank < size else "balanced",
-        error_curve=_error_curve(tokens, statistics, total),
+        method="alternating least squares" if rounds > 0 else "balanced",
+        error_curve=curve,
     )
 
 
@@ -195,26 +222,27 @@ class _TokenSums:
         return (self.gram @ v[..., None]).squeeze(-1)
 
 
-def _token_sums(mixer: Mixer, statistics: StateStatistics, W: torch.Tensor, V: torch.Tensor) -> _TokenSums:
+def _stream_coordinates(
+    mixer: Mixer, statistics: StateStatistics, W: torch.Tensor, V: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Yield h' (tokens, groups, channels, k), c (tokens, groups, k), y and its weight (tokens, groups, channels)."""
     device = statistics.state_gram.device
     W, V = W.to(device, torch.float32), V.to(device, torch.float32)
-    parts = []
     for hidden_states, mask in statistics.inputs:
         with torch.autocast(device.type, enabled=False):
             inputs = mixer.layout.scan_inputs(mixer.module, hidden_states.to(device), mask)
             for first, states in stream_states(inputs):
                 C = inputs.C[:, first : first + states.shape[0]].transpose(0, 1)
                 y = (states @ C[..., None]).squeeze(-1)
-                weight = inputs.weight(y, first)
-                h = states @ W
-                wh = (h * weight[..., None]).transpose(-1, -2)
-                part = (
-                    wh @ h,
-                    (wh @ y[..., None]).squeeze(-1),
-                    torch.einsum("tbgn,gnk->tbgk", C, V),
-                    (weight * y.square()).sum(-1),
-                )
-                parts.append([tensor.flatten(0, 1) for tensor in part])
+                c = torch.einsum("tbgn,gnk->tbgk", C, V)
+                yield tuple(item.flatten(0, 1) for item in (states @ W, c, y, inputs.weight(y, first)))
+
+
+def _token_sums(mixer: Mixer, statistics: StateStatistics, W: torch.Tensor, V: torch.Tensor) -> _TokenSums:
+    parts = []
+    for h, c, y, weight in _stream_coordinates(mixer, statistics, W, V):
+        wh = (h * weight[..., None]).transpose(-1, -2)
+        parts.append((wh @ h, (wh @ y[..., None]).squeeze(-1), c, (weight * y.square()).sum(-1)))
     return _TokenSums(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

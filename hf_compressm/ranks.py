@@ -43,9 +43,10 @@ def states_for_energy(hankel_values: torch.Tensor, tolerance: float) -> int:
 def states_for_budget(
     error_curves: dict[str, torch.Tensor], bytes_per_state: dict[str, int], budget: int, multiple_of: int | str = 1
 ) -> dict[str, int]:
-    """Share a budget of state bytes out over layers, greedily by the fall of the squared error per byte.
+    """Share a budget of state bytes out over layers so that the sum of their squared errors is the least.
 
-    Where the curves are convex, as those of balanced truncation are, greedy is optimal.
+    By dynamic programming over the layers. A greedy choice, the state that lowers the error most per byte next, gets
+    stuck where a curve is not convex: a layer that looks things up may need eight states before the first one helps.
 
     Args:
         error_curves: the relative error ε(r) with r = 0, 1, …, N states kept, shape (N + 1,), by layer.
@@ -61,30 +62,34 @@ def states_for_budget(
         >>> states_for_budget(curves, {"a": 4, "b": 4}, budget=12)
         {'a': 1, 'b': 2}
     """
-    whole = sum((len(curve) - 1) * bytes_per_state[layer] for layer, curve in error_curves.items())
+    allowed = {layer: _allowed_sizes(len(curve) - 1, multiple_of) for layer, curve in error_curves.items()}
+    smallest = {layer: sizes[0] for layer, sizes in allowed.items()}
+    least = sum(smallest[layer] * bytes_per_state[layer] for layer in smallest)
+    if least > budget:
+        raise ValueError(
+            f"state_bytes is {budget}, but the smallest sizes, {smallest}, take {least} bytes; give at least {least}"
+        )
+    whole = sum(sizes[-1] * bytes_per_state[layer] for layer, sizes in allowed.items())
     if whole <= budget:
         raise ValueError(f"state_bytes is {budget}, but the states take {whole} bytes as they are; give less")
-    allowed = {layer: _allowed_sizes(len(curve) - 1, multiple_of) for layer, curve in error_curves.items()}
-    chosen = {layer: sizes.pop(0) for layer, sizes in allowed.items()}
-    used = sum(chosen[layer] * bytes_per_state[layer] for layer in chosen)
-    if used > budget:
-        raise ValueError(
-            f"state_bytes is {budget}, but the smallest sizes, {chosen}, take {used} bytes; give at least {used}"
-        )
-
-    def gain(layer: str) -> float:
-        curve, size, larger = error_curves[layer], chosen[layer], allowed[layer][0]
-        return float(curve[size] ** 2 - curve[larger] ** 2) / ((larger - size) * bytes_per_state[layer])
-
-    while growing := [layer for layer in chosen if allowed[layer]]:
-        layer = max(growing, key=gain)
-        more = (allowed[layer][0] - chosen[layer]) * bytes_per_state[layer]
-        if used + more > budget:
-            # It cannot grow within the budget; a smaller step of another layer still may.
-            allowed[layer] = []
-        else:
-            used, chosen[layer] = used + more, allowed[layer].pop(0)
-    return chosen
+    unit = math.gcd(*bytes_per_state.values())
+    units = budget // unit
+    # After each layer: the least error that the layers so far can have within 0, 1, … units, and their sizes for it.
+    error = torch.zeros(units + 1, dtype=torch.float64)
+    choices = []
+    for layer, sizes in allowed.items():
+        step = bytes_per_state[layer] // unit
+        candidates = torch.full((len(sizes), units + 1), torch.inf, dtype=torch.float64)
+        for row, size in zip(candidates, sizes, strict=True):
+            if size * step <= units:
+                row[size * step :] = error[: units + 1 - size * step] + float(error_curves[layer][size]) ** 2
+        error, choice = candidates.min(0)
+        choices.append(choice)
+    chosen, left = {}, units
+    for layer, choice in zip(reversed(allowed), reversed(choices), strict=True):
+        chosen[layer] = allowed[layer][int(choice[left])]
+        left -= chosen[layer] * (bytes_per_state[layer] // unit)
+    return {layer: chosen[layer] for layer in allowed}
 
 
 def _allowed_sizes(present: int, multiple_of: int | str) -> list[int]:
@@ -169,7 +174,9 @@ def fixed_target(config: CompreSSMConfig, layer: str, present: int) -> int:
     size = fixed_state_size(config.state_size, present)
     kept = round_up(size, config.multiple_of)
     if kept >= present:
-        rounded = "" if kept == size else f" (rounded up from {size} to a multiple of {config.multiple_of})"
+        multiple = config.multiple_of
+        to = "a size of the kernels" if multiple == KERNEL_SIZES else f"a multiple of {multiple}"
+        rounded = "" if kept == size else f" (rounded up from {size} to {to})"
         raise ValueError(
             f"layer {layer}: target state_size {kept}{rounded} is not below the current {present}; "
             f"choose 1..{present - 1}"

@@ -189,6 +189,8 @@ def _validate_projection(name: str, layer: LayerPlan, mixer: Mixer) -> None:
 @torch.no_grad()
 def _prepare_projection(mixer: Mixer, layer: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
     """The values of `B_projection` and `C_projection`; of a layer that is projected already, the products."""
+    for axis in mixer.layout.state_axes(mixer.module):
+        _refuse_quantized(axis.tensor, f"{mixer.name}: {axis.parameter} of {type(axis.module).__name__}")
     if not mixer.is_projected:
         return layer.B_projection, layer.C_projection
     module, groups = mixer.module, mixer.groups
@@ -212,6 +214,7 @@ def _project(
         for name, value in zip(("B_projection", "C_projection"), values, strict=True):
             old = getattr(module, name)
             new = nn.Parameter(value.to(old), requires_grad=old.requires_grad)
+            new.__dict__.update(old.__dict__)
             setattr(module, name, new)
             if optimizer is not None:
                 replace_parameter(optimizer, old, new, None)
@@ -232,11 +235,7 @@ def _prepare(name: str, mixer: Mixer, layer: LayerPlan, optimizer: Optimizer | N
     replacements = []
     for axis in mixer.layout.state_axes(mixer.module):
         old, label = axis.tensor, f"{name}: {axis.parameter} of {type(axis.module).__name__}"
-        if type(old.data) is not torch.Tensor or not old.is_floating_point():
-            raise TypeError(
-                f"layer {label} is a {type(old.data).__name__} of {old.dtype}, not a plain floating-point tensor; "
-                "cut the model before it is quantized"
-            )
+        _refuse_quantized(old, label)
         index = axis.index(layer.kept, layer.state_size_before)
         values = old.detach().index_select(axis.dim, index.to(old.device))
         if readout is not None and axis == readout[0]:
@@ -260,6 +259,14 @@ def _like(old: nn.Parameter, values: torch.Tensor, dim: int, index: torch.Tensor
     if old.grad is not None:
         new.grad = old.grad.index_select(dim, index.to(old.device))
     return new
+
+
+def _refuse_quantized(parameter: nn.Parameter, label: str) -> None:
+    if type(parameter.data) is not torch.Tensor or not parameter.is_floating_point():
+        raise TypeError(
+            f"layer {label} is a {type(parameter.data).__name__} of {parameter.dtype}, not a plain floating-point "
+            "tensor; cut the model before it is quantized"
+        )
 
 
 def _refuse_hooks(parameter: nn.Parameter, label: str) -> None:

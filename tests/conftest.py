@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,14 +13,29 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from transformers import (
+    BambaConfig,
+    BambaForCausalLM,
+    BambaModel,
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    FalconH1Model,
+    GraniteMoeHybridConfig,
+    GraniteMoeHybridForCausalLM,
+    GraniteMoeHybridModel,
     Mamba2Config,
     Mamba2ForCausalLM,
     Mamba2Model,
     MambaConfig,
     MambaForCausalLM,
     MambaModel,
+    NemotronHConfig,
+    NemotronHForCausalLM,
+    NemotronHModel,
     PreTrainedConfig,
     PreTrainedModel,
+    Zamba2Config,
+    Zamba2ForCausalLM,
+    Zamba2Model,
 )
 
 from hf_compressm import CompressionPlan, CompreSSMConfig, find_mixers
@@ -70,6 +86,85 @@ def tiny(request) -> Tiny:
     return TINY[request.param]
 
 
+@dataclass(frozen=True)
+class Relative(Tiny):
+    """A tiny model with Mamba-2 mixers (8 states in each of two groups), whatever its config calls their numbers."""
+
+    def config(self, **options) -> PreTrainedConfig:
+        common = {"vocab_size": VOCABULARY, "hidden_size": 16, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
+        return self.config_class(**copy.deepcopy(common | self.options | options))
+
+
+_ATTENTION = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
+_MAMBA = {"mamba_d_state": 8, "mamba_n_groups": 2, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_chunk_size": 8}
+_FALCON = {
+    "num_hidden_layers": 2,
+    "mamba_d_ssm": 32,
+    "ssm_multipliers": [0.5, 0.7, 1.3, 1.1, 0.9],
+    "ssm_in_multiplier": 1.5,
+}
+
+# Every architecture with Mamba-2 mixers; Falcon-H1 without its norm, and with the norm before the gate.
+MAMBA2_FAMILY = {
+    "mamba2": Relative(
+        Mamba2Config,
+        Mamba2ForCausalLM,
+        Mamba2Model,
+        {"num_hidden_layers": 2, "state_size": 8, "num_heads": 4, "head_dim": 8, "n_groups": 2, "chunk_size": 8},
+    ),
+    "zamba2": Relative(
+        Zamba2Config,
+        Zamba2ForCausalLM,
+        Zamba2Model,
+        _ATTENTION
+        | {"num_hidden_layers": 3, "layers_block_type": ["mamba", "hybrid", "hybrid"], "num_key_value_heads": 2}
+        | {"mamba_d_state": 8, "mamba_ngroups": 2, "n_mamba_heads": 4, "mamba_expand": 2, "chunk_size": 8}
+        | {"num_mem_blocks": 1, "adapter_rank": 4, "attention_head_dim": 16},
+    ),
+    "bamba": Relative(
+        BambaConfig,
+        BambaForCausalLM,
+        BambaModel,
+        _ATTENTION | _MAMBA | {"num_hidden_layers": 2, "mamba_expand": 2, "attn_layer_indices": [1]},
+    ),
+    "falcon_h1": Relative(
+        FalconH1Config, FalconH1ForCausalLM, FalconH1Model, _ATTENTION | _MAMBA | _FALCON | {"mamba_rms_norm": False}
+    ),
+    "falcon_h1 with a norm": Relative(
+        FalconH1Config,
+        FalconH1ForCausalLM,
+        FalconH1Model,
+        _ATTENTION | _MAMBA | _FALCON | {"mamba_rms_norm": True, "mamba_norm_before_gate": True},
+    ),
+    "granitemoehybrid": Relative(
+        GraniteMoeHybridConfig,
+        GraniteMoeHybridForCausalLM,
+        GraniteMoeHybridModel,
+        _ATTENTION
+        | _MAMBA
+        | {"num_hidden_layers": 2, "mamba_expand": 2, "layer_types": ["mamba", "attention"]}
+        | {"num_local_experts": 2, "num_experts_per_tok": 1, "shared_intermediate_size": 16}
+        | {"position_embedding_type": "rope"},
+    ),
+    "nemotron_h": Relative(
+        NemotronHConfig,
+        NemotronHForCausalLM,
+        NemotronHModel,
+        _ATTENTION
+        | {"layers_block_type": ["mamba", "attention", "moe"], "head_dim": 8}
+        | {"ssm_state_size": 8, "n_groups": 2, "mamba_num_heads": 4, "mamba_head_dim": 8, "chunk_size": 8}
+        | {"n_routed_experts": 2, "num_experts_per_tok": 1, "n_group": 1, "topk_group": 1}
+        | {"moe_intermediate_size": 16, "moe_shared_expert_intermediate_size": 16},
+    ),
+}
+
+
+@pytest.fixture(params=list(MAMBA2_FAMILY))
+def relative(request) -> Relative:
+    """Each architecture with Mamba-2 mixers in turn."""
+    return MAMBA2_FAMILY[request.param]
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Several test processes share two cores."""
@@ -95,6 +190,16 @@ def lively(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+@torch.no_grad()
+def stir(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give every parameter of any architecture random values with which each part of the model matters."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in roughen(model, seed).parameters():
+        if parameter.dim() > 1:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * parameter.shape[-1] ** -0.5)
+    return model
+
+
 def selection_plan(model: torch.nn.Module, kept: list[int] | list[list[int]]) -> CompressionPlan:
     """A plan made by hand: every layer keeps these states (the same in each group, or a list for each group)."""
     layers = {}
@@ -112,6 +217,34 @@ def selection_plan(model: torch.nn.Module, kept: list[int] | list[list[int]]) ->
             error_curve=[1.0] + [0.0] * mixer.state_size,
         )
     return CompressionPlan(layers, 1, CompreSSMConfig(state_size=rows.shape[1]))
+
+
+def projection_plan(model: torch.nn.Module, sizes: int | list[int], seed: int = 0) -> CompressionPlan:
+    """A plan made by hand: random projections to this many states, of all layers or of each.
+
+    With all states, they are a change of the basis: W Vᵀ = I.
+    """
+    generator, mixers, layers = torch.Generator().manual_seed(seed), find_mixers(model), {}
+    sizes = [sizes] * len(mixers) if isinstance(sizes, int) else sizes
+    for (name, mixer), size in zip(mixers.items(), sizes, strict=True):
+        shape = (2, mixer.groups, mixer.state_size, mixer.state_size)
+        left, right = torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64)).Q
+        scales = 0.5 + torch.rand(mixer.state_size, generator=generator, dtype=torch.float64)
+        W, V = ((left * scale @ right)[..., :size].transpose(0, 1).flatten(1) for scale in (scales, 1 / scales))
+        layers[name] = LayerPlan(
+            mixer_class=type(mixer.module).__name__,
+            state_size_before=mixer.state_size,
+            kept=None,
+            readout=None,
+            criterion="by hand",
+            refit="none",
+            relative_error=0.0,
+            error_curve=[1.0] + [0.0] * mixer.state_size,
+            B_projection=W.float(),
+            C_projection=V.float(),
+            groups=mixer.groups,
+        )
+    return CompressionPlan(layers, 1, CompreSSMConfig(state_size=sizes, realization="projected"))
 
 
 def tokens(batch: int = 4, length: int = 12, seed: int = 0) -> torch.Tensor:

@@ -46,13 +46,19 @@ class NaiveRun:
 
 
 def run_mixer(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None) -> NaiveRun:
-    """Run a mixer of either kind on inputs of shape (batch, length, hidden)."""
+    """Run a mixer of either kind on inputs of shape (batch, length, hidden); Mamba-2's may be projected."""
     P = {name: parameter.detach().double().numpy() for name, parameter in mixer.named_parameters()}
     u = hidden_states.detach().double().numpy()
     batch, length, _ = u.shape
     mask = np.ones((batch, length)) if attention_mask is None else attention_mask.double().numpy()
     inner, size = mixer.intermediate_size, mixer.ssm_state_size
-    second = type(mixer).__name__ == "Mamba2Mixer"
+    second = hasattr(mixer, "n_groups")
+    projections = [P.get(name) for name in ("B_projection", "C_projection")]
+    features = size if projections[0] is None else projections[0].shape[0]
+    # Falcon-H1's, and the norm it may lack or take before the gate.
+    scale, scales = getattr(mixer, "ssm_in_multiplier", 1), falcon_scales(mixer)
+    has_norm = "norm.weight" in P
+    norm_first = has_norm and getattr(mixer.norm, "norm_before_gate", False)
     groups = mixer.n_groups if second else 1
     per_group = inner // groups
     shape = (batch, length, inner)
@@ -68,7 +74,7 @@ def run_mixer(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: tor
         group=np.arange(inner) // per_group,
     )
     for b in range(batch):
-        projected = [linear(P, "in_proj", u[b, t] * mask[b, t]) for t in range(length)]
+        projected = [linear(P, "in_proj", u[b, t] * mask[b, t] * scale) * scales for t in range(length)]
         for t in range(length):
             # The convolution sees the channels behind z in Mamba-2, and those before z in Mamba-1.
             first = inner if second else 0
@@ -79,8 +85,11 @@ def run_mixer(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: tor
             x = convolved[:inner]
             if second:
                 z = projected[t][:inner]
-                run.B[b, t] = convolved[inner : inner + groups * size].reshape(groups, size)
-                run.C[b, t] = convolved[inner + groups * size :].reshape(groups, size)
+                both = convolved[inner:].reshape(2, groups, features)
+                for rows, out, matrix in zip(both, (run.B, run.C), projections, strict=True):
+                    for g in range(groups):
+                        part = np.eye(size) if matrix is None else matrix[:, g * size : (g + 1) * size]
+                        out[b, t, g] = part.T @ rows[g]
                 low, high = mixer.time_step_limit
                 for d in range(inner):
                     head = d // mixer.head_dim
@@ -102,26 +111,33 @@ def run_mixer(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: tor
                     step = run.delta[b, t, d]
                     run.h[b, t, d, n] = math.exp(step * A) * before + step * run.B[b, t, g, n] * x[d]
                     run.y[b, t, d] += run.C[b, t, g, n] * run.h[b, t, d, n]
-                passed_on[d] = (run.y[b, t, d] + P["D"][head] * x[d]) * silu(z[d])
-            for d in range(inner):
-                gain = silu(z[d]) ** 2 * (P["out_proj.weight"][:, d] ** 2).sum()
-                if second:
-                    together = norm_size(mixer)
-                    first = d // together * together
-                    square = (passed_on[first : first + together] ** 2).mean() + mixer.norm.variance_epsilon
-                    gain *= P["norm.weight"][d] ** 2 / square
-                run.weight[b, t, d] = gain * mask[b, t]
-            if second:
+                passed_on[d] = run.y[b, t, d] + P["D"][head] * x[d]
+            gate = np.array([silu(value) for value in z])
+            if not norm_first:
+                passed_on = passed_on * gate
+            gain = gate**2 * (P["out_proj.weight"] ** 2).sum(0)
+            if has_norm:
                 together = norm_size(mixer)
                 squares = np.repeat((passed_on.reshape(-1, together) ** 2).mean(1), together)
-                passed_on = P["norm.weight"] * passed_on / np.sqrt(squares + mixer.norm.variance_epsilon)
+                squares += mixer.norm.variance_epsilon
+                gain *= P["norm.weight"] ** 2 / squares
+                passed_on = P["norm.weight"] * passed_on / np.sqrt(squares)
+            if norm_first:
+                passed_on = passed_on * gate
+            run.weight[b, t] = gain * mask[b, t]
             run.output[b, t] = linear(P, "out_proj", passed_on)
     return run
 
 
-def norm_size(mixer) -> int:
-    """How many channels Mamba-2's gated norm takes together: those of a group, in older Transformers all."""
-    return getattr(mixer.norm, "group_size", mixer.intermediate_size)
+def norm_size(mixer: nn.Module) -> int:
+    """How many channels the gated norm takes together: those of a group, of Mamba-2's own mixer once all."""
+    groups = getattr(mixer.norm, "n_groups", 1)
+    return getattr(mixer.norm, "group_size", mixer.intermediate_size // groups)
+
+
+def falcon_scales(mixer: nn.Module) -> np.ndarray | float:
+    """Falcon-H1's factors of z, x, B, C and Δ, one for each row of in_proj."""
+    return mixer.mup_vector.double().numpy().reshape(-1) if hasattr(mixer, "mup_vector") else 1.0
 
 
 def kept_part(name: str, tensor: torch.Tensor, kept: list[list[int]], size: int = 8) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import lively
+from conftest import TINY, lively, tokens
 from naive import kept_part
 from safetensors.torch import load_file
 from torch import nn
@@ -30,9 +30,10 @@ from training import (
 from transformers import Trainer, TrainerCallback
 from transformers.optimization import Adafactor
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, NonFiniteError
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, NonFiniteError, find_mixers
 from hf_compressm.callback import find_trainer
 from hf_compressm.distributed.ddp import unwrap
+from hf_compressm.modeling_compressm import CompressmMamba2Config, CompressmMamba2ForCausalLM
 
 
 def random_states() -> tuple:
@@ -530,3 +531,274 @@ def test_each_of_two_trainers_gets_its_own_log(tiny, tmp_path):
         for trainer in trainers
     ]
     assert steps == [[3], [5]]
+
+
+# Projected cuts of Mamba-2.
+
+MAMBA2 = TINY["mamba2"]
+PROJECTIONS = ("B_projection", "C_projection")
+
+
+def projections(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if name.endswith(PROJECTIONS)}
+
+
+def test_a_projected_cut_in_the_trainer(tmp_path):
+    callback, after = CompreSSMCallback(config(state_size=3, realization="projected")), {}
+    keep = AtStepEnd(3, lambda model, **_: after.update(weights(model)))
+    trainer = run(lively(MAMBA2.build()), tmp_path, [callback, keep])
+    model = trainer.model
+    assert type(model) is CompressmMamba2ForCausalLM and type(model.config) is CompressmMamba2Config
+    assert (model.config.state_size, model.config.feature_size, model.config.state_ranks) == (3, 8, None)
+    assert {mixer.state_size for mixer in find_mixers(model).values()} == {3}
+    (cut,) = callback.history
+    assert (cut["status"], cut["step"]) == ("cut", 3)
+    assert all(layer["realization"] == "projected" and layer["kept"] is None for layer in cut["layers"])
+    # All eight steps were logged, those after the cut from the model that the cut left.
+    assert [row[0] for row in log_rows(trainer)] == list(range(1, 9))
+    assert np.isfinite(np.array(log_rows(trainer))).all()
+    assert {name: tuple(value.shape) for name, value in projections(model).items()} == {
+        f"backbone.layers.{layer}.mixer.{name}": (8, 6) for layer in (0, 1) for name in PROJECTIONS
+    }
+    # Every parameter is trained on, also the new ones.
+    assert all(not torch.equal(value, after[name]) for name, value in weights(model).items())
+    held = [id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_a_projected_cut_loses_less_than_a_selection(tmp_path):
+    losses = {}
+    for realization in ("stock", "projected"):
+        callback = CompreSSMCallback(config(realization=realization))
+        run(lively(MAMBA2.build()), tmp_path, [callback])
+        losses[realization] = callback.history[0]
+    stock, projected = losses["stock"], losses["projected"]
+    assert projected["loss_before"] == stock["loss_before"]
+    assert projected["kl_divergence"] < 0.5 * stock["kl_divergence"]
+    for ours, theirs in zip(projected["layers"], stock["layers"], strict=True):
+        assert ours["relative_error"] < theirs["relative_error"]
+
+
+def freeze_projections(model: nn.Module, **_) -> None:
+    for parameter in projections(unwrap(model)[0]).values():
+        parameter.requires_grad_(False)
+
+
+PROJECTED_SETTINGS = (
+    "plain",
+    "gradient accumulation",
+    "gradient checkpointing",
+    "clipping",
+    "weight decay",
+    "several epochs",
+    "attention masks",
+    "fused AdamW",
+    "SGD with momentum",
+)
+
+
+@pytest.mark.filterwarnings("ignore:.gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("setting", PROJECTED_SETTINGS)
+def test_projecting_silent_states_away_does_not_change_training(tmp_path, setting):
+    """The projections are frozen: that they can learn is the one thing that the uncut run does not have."""
+    callback = CompreSSMCallback(config(realization="projected", calibration_tokens=96, schedule=[4]))
+    freeze = AtStepEnd(4, freeze_projections)
+    cut = run_silenced(MAMBA2, tmp_path, callback, freeze, **SETTINGS[setting])
+    uncut = run_silenced(MAMBA2, tmp_path, **SETTINGS[setting])
+    (entry,) = callback.history
+    assert (entry["status"], entry["step"]) == ("cut", 4)
+    assert all(layer["relative_error"] < 1e-3 for layer in entry["layers"])
+    ours, theirs = np.array(log_rows(cut)), np.array(log_rows(uncut))
+    assert len(ours) == 8 and np.array_equal(ours[:, [0, 3]], theirs[:, [0, 3]])
+    assert np.allclose(ours[:, 1], theirs[:, 1], rtol=1e-5)
+    assert np.allclose(ours[:, 2], theirs[:, 2], rtol=1e-4)
+    assert cut.model.config.state_size == 4
+    small, full = weights(cut.model), weights(uncut.model)
+    assert small.keys() - full.keys() == projections(cut.model).keys()
+    for name, value in full.items():
+        assert torch.allclose(small[name], value, rtol=0, atol=1e-5), name
+    states, full_states = moments(cut.model, cut.optimizer), moments(uncut.model, uncut.optimizer)
+    assert states.keys() == full_states.keys()
+    for name, state in full_states.items():
+        for key, moment in state.items():
+            assert (states[name][key] - moment).norm() <= 2e-4 * moment.norm() + 1e-12, (name, key)
+
+
+def test_the_loss_goes_on_where_it_was_when_the_projections_are_trained(tmp_path):
+    callback = CompreSSMCallback(config(realization="projected"))
+    cut, uncut = run_silenced(MAMBA2, tmp_path, callback), run_silenced(MAMBA2, tmp_path)
+    ours, theirs = np.array(log_rows(cut)), np.array(log_rows(uncut))
+    # The step after the cut is computed with the new model, and the last one no longer with the same weights.
+    assert np.allclose(ours[:4, 1], theirs[:4, 1], rtol=1e-5)
+    assert ours[7, 1] != theirs[7, 1] and np.allclose(ours[4:, 1], theirs[4:, 1], rtol=0.1)
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
+def test_a_projected_cut_of_a_compiled_model(tmp_path):
+    def compiled_run(*callbacks) -> Trainer:
+        torch._dynamo.reset()
+        options = {"data": examples(length=4), "torch_compile": True, "torch_compile_backend": "eager"}
+        return run(silenced(MAMBA2, num_hidden_layers=1), tmp_path, callbacks, **options)
+
+    settings = config(realization="projected", calibration_tokens=2 * 16, schedule=[4])
+    counter, callback = GraphCounter(), CompreSSMCallback(settings)
+    cut = compiled_run(callback, AtStepEnd(4, freeze_projections), counter)
+    uncut = compiled_run()
+    torch._dynamo.reset()
+    assert callback.history[0]["step"] == 4 and unwrap(cut.model)[0].config.state_size == 4
+    first = counter.graphs[0]
+    assert counter.graphs == [first] * 4 + [first + 1] * 4
+    ours, theirs = np.array(log_rows(cut)), np.array(log_rows(uncut))
+    assert np.allclose(ours[:, 1], theirs[:, 1], rtol=1e-5)
+
+
+def decay_of_projections(trainer: Trainer) -> list[float]:
+    wanted = {id(parameter) for parameter in projections(unwrap(trainer.model)[0]).values()}
+    return [
+        group["weight_decay"]
+        for group in trainer.optimizer.param_groups
+        for parameter in group["params"]
+        if id(parameter) in wanted
+    ]
+
+
+def test_projections_are_not_decayed(tmp_path):
+    callback = CompreSSMCallback(config(realization="projected"))
+    options = {"weight_decay": 0.1, "save_strategy": "steps", "save_steps": 4}
+    trainer = run(lively(MAMBA2.build()), tmp_path, [callback], **options)
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.1, 0.0]
+    assert decay_of_projections(trainer) == [0.0] * 4
+    # A second Trainer builds its optimizer for a model that is projected already; so does a resumed run.
+    again = build_trainer(trainer.model, tmp_path, [CompreSSMCallback(config(state_size=2))], **options)
+    again.create_optimizer()
+    assert decay_of_projections(again) == [0.0] * 4
+    resumed = build_trainer(MAMBA2.build(), tmp_path, [CompreSSMCallback(callback.config)], **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert decay_of_projections(resumed) == [0.0] * 4
+    # Without anyone's word they would be.
+    plain = build_trainer(trainer.model, tmp_path, **options)
+    plain.create_optimizer()
+    assert decay_of_projections(plain) == [0.1] * 4
+
+
+@pytest.mark.parametrize(
+    "schedule, target, multiple, steps, sizes",
+    [
+        ([3, 0.5], 4, 1, [3, 10], [[6, 6], [4, 4]]),
+        ([3, 6, 9], 1, 2, [3, 6, 9], [[6, 6], [4, 4], [2, 2]]),
+        ([3, 6], [2, 8], 1, [3, 6], [[4, 8], [2, 8]]),
+        ([3, 6], [2, 5], 1, [3, 6], [[4, 6], [2, 5]]),
+        # What is reached is not asked for again, and each cut takes a state at least.
+        ([3, 6], [7, 8], 1, [3], [[7, 8]]),
+        ([3, 6, 9], [7, 8], 1, [3], [[7, 8]]),
+    ],
+)
+def test_several_projected_cuts_end_at_the_target(tmp_path, schedule, target, multiple, steps, sizes):
+    settings = {"schedule": schedule, "state_size": target, "multiple_of": multiple, "realization": "projected"}
+    callback = CompreSSMCallback(config(**settings))
+    trainer = run(lively(MAMBA2.build()), tmp_path, [callback], max_steps=20)
+    assert [entry["step"] for entry in callback.history] == steps
+    assert [[layer["state_size_after"] for layer in entry["layers"]] for entry in callback.history] == sizes
+    last, model = sizes[-1], trainer.model
+    assert [mixer.state_size for mixer in find_mixers(model).values()] == last
+    assert (model.config.state_size, model.config.feature_size) == (min(last), 8)
+    assert model.config.state_ranks == (None if last[0] == last[1] else last)
+    held = [id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_a_budget_of_state_bytes(tmp_path):
+    # 32 channels of four bytes: 128 bytes for each state of a layer; 9 states in all.
+    callback = CompreSSMCallback(config(state_bytes=9 * 128 + 5, realization="projected", schedule=[3, 6]))
+    trainer = run(lively(MAMBA2.build()), tmp_path, [callback])
+    sizes = [mixer.state_size for mixer in find_mixers(trainer.model).values()]
+    assert sum(sizes) == 9
+    # The second cut is already where the budget wants it.
+    assert [entry["step"] for entry in callback.history] == [3]
+
+
+@pytest.mark.parametrize("target", [4, [3, 8]], ids=["one size", "a size for each layer"])
+@pytest.mark.parametrize("best", [2, 6], ids=["best before the cut", "best after the cut"])
+def test_load_best_model_of_a_projected_run_and_train_again(tmp_path, best, target):
+    cut = best == 6
+    metric = scores([best // 2 - 1, 7], of=8)
+    settings = config(realization="projected", state_size=target, calibration_tokens=96, schedule=[4])
+    callback = CompreSSMCallback(settings)
+    trainer = build_trainer(
+        lively(MAMBA2.build()),
+        tmp_path,
+        [callback],
+        eval_dataset=examples(4),
+        compute_metrics=lambda _: next(metric),
+        metric_for_best_model="score",
+        load_best_model_at_end=True,
+        eval_strategy="steps",
+        save_strategy="steps",
+        eval_steps=2,
+        save_steps=2,
+        weight_decay=0.1,
+    )
+    model = trainer.model
+    trainer.train()
+    assert trainer.state.best_global_step == best
+    assert type(model) is (CompressmMamba2ForCausalLM if cut else MAMBA2.language_model)
+    small = target if isinstance(target, list) else [target, target]
+    assert [mixer.state_size for mixer in find_mixers(model).values()] == (small if cut else [8, 8])
+    assert len(projections(model)) == (4 if cut else 0)
+    saved, loaded = load_file(tmp_path / f"checkpoint-{best}" / "model.safetensors"), weights(model)
+    assert all(torch.equal(loaded[name], value) for name, value in saved.items())
+    assert ("feature_size" in model.config.to_dict()) == cut
+    assert callback.history[0]["status"] == ("cut" if cut else "undone by loading")
+    held = [id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+
+    trainer.train()
+    assert type(model) is CompressmMamba2ForCausalLM
+    assert [mixer.state_size for mixer in find_mixers(model).values()] == small
+    assert [entry["step"] for entry in callback.history if entry["status"] == "cut"] == [4]
+    for name, value in weights(model).items():
+        assert "mixer" not in name or name not in loaded or not torch.equal(value, loaded[name]), name
+    held = [id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+    assert decay_of_projections(trainer) == [0.0] * 4
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"state_size": 8}, r"layers\.0\.mixer: target state_size 8 is not below the current 8"),
+        ({"state_size": [4, 9]}, r"layers\.1\.mixer: target state_size 9 is above the current 8; choose 1\.\.8"),
+        ({"state_size": [4]}, r"state_size lists 1 numbers, \[4\], but the model has 2 mixers"),
+        ({"state_size": [4, 4, 4]}, "state_size lists 3 numbers"),
+        ({"state_size": [8, 8]}, r"state_size \[8, 8\] is what the layers already have"),
+        ({"state_bytes": 2 * 128 - 1}, "state_bytes is 255, but the smallest sizes.* take 256 bytes"),
+        ({"state_bytes": 16 * 128}, "state_bytes is 2048, but the states take 2048 bytes as they are; give less"),
+    ],
+)
+def test_a_projected_target_that_cannot_be_reached_is_refused_when_training_begins(tmp_path, options, message):
+    settings = config(realization="projected", **options)
+    trainer = build_trainer(lively(MAMBA2.build()), tmp_path, [CompreSSMCallback(settings)])
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"realization": "projected"}, {"realization": "auto", "state_bytes": 999}],
+    ids=["asked for", "asked for by the rule"],
+)
+def test_projecting_mamba1_is_refused_when_training_begins(tmp_path, options):
+    settings = config(**options)
+    trainer = build_trainer(lively(TINY["mamba"].build()), tmp_path, [CompreSSMCallback(settings)])
+    with pytest.raises(ValueError, match=r"layers\.0\.mixer: MambaMixer cannot be projected.*realization='stock'"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_generation_after_a_projected_cut_is_the_same_with_and_without_cache(tmp_path):
+    settings = config(state_size=[3, 5], realization="projected")
+    model = run(lively(MAMBA2.build()), tmp_path, [CompreSSMCallback(settings)]).model.eval()
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    with_cache, without = (model.generate(tokens(3, 5), use_cache=cache, **options) for cache in (True, False))
+    assert torch.equal(with_cache, without) and with_cache.shape == (3, 13)

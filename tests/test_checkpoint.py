@@ -29,7 +29,16 @@ from training import (
 )
 from transformers import AutoModelForCausalLM, Trainer
 
-from hf_compressm import CompreSSMCallback, compress_, find_mixers, read_record, resize_while_loading, write_record
+from hf_compressm import (
+    CompreSSMCallback,
+    CompreSSMConfig,
+    compress,
+    compress_,
+    find_mixers,
+    read_record,
+    resize_while_loading,
+    write_record,
+)
 from hf_compressm.checkpoint import load_inputs, save_inputs, stop_resizing_while_loading
 from hf_compressm.mixers.resize import resize_mixer, update_configs
 
@@ -221,8 +230,10 @@ def with_shards(model: nn.Module) -> nn.Module:
 CUT, STEPS = 8, 12
 
 
-def saving_trainer(model: nn.Module, directory: Path, *callbacks, **options) -> tuple[Trainer, CompreSSMCallback]:
-    callback = CompreSSMCallback(config(schedule=[CUT], calibration_tokens=3 * 48))
+def saving_trainer(
+    model: nn.Module, directory: Path, *callbacks, cut: dict | None = None, **options
+) -> tuple[Trainer, CompreSSMCallback]:
+    callback = CompreSSMCallback(config(**({"schedule": [CUT], "calibration_tokens": 3 * 48} | (cut or {}))))
     defaults = {"max_steps": STEPS, "save_strategy": "steps", "save_steps": 1, "warmup_steps": 2}
     return build_trainer(model, directory, [callback, *callbacks], **(defaults | options)), callback
 
@@ -302,14 +313,17 @@ def kept_states(callback: CompreSSMCallback) -> list:
 
 
 def assert_same_run(ours: tuple[Trainer, CompreSSMCallback], theirs: tuple[Trainer, CompreSSMCallback]) -> None:
-    """Bit for bit: weights, moments, the log, and what the cut was decided to be."""
+    """Bit for bit: weights, moments, the log, the config, and what the cut was decided to be."""
     assert kept_states(ours[1]) == kept_states(theirs[1]) != []
     assert_same_weights(weights(ours[0].model), weights(theirs[0].model))
     expected = moments(theirs[0].model, theirs[0].optimizer)
     for name, state in moments(ours[0].model, ours[0].optimizer).items():
         assert_same_weights(state, expected[name])
     assert log_rows(ours[0]) == log_rows(theirs[0])
-    assert ours[0].model.config.state_size == theirs[0].model.config.state_size == 4
+    for name in ("model_type", "state_size", "feature_size", "state_ranks", "auto_map"):
+        assert getattr(ours[0].model.config, name, None) == getattr(theirs[0].model.config, name, None)
+    assert type(ours[0].model) is type(theirs[0].model)
+    assert min(mixer.state_size for mixer in find_mixers(ours[0].model).values()) < 8
 
 
 RESUMED_RUNS = {
@@ -453,4 +467,275 @@ def test_a_run_that_was_killed_right_after_the_cut_is_resumed(tiny, tmp_path):
     resumed = saving_trainer(tiny.build(seed=1), tmp_path / "killed", save_steps=5)
     resumed[0].train(resume_from_checkpoint=True)
     assert resumed[0]._initial_global_step == 5
+    assert_same_run(resumed, whole)
+
+
+# Projected cuts of Mamba-2.
+
+MAMBA2 = TINY["mamba2"]
+
+
+def projected(size: int | list[int] = 3, seed: int = 0, **options) -> nn.Module:
+    """A model after a projected cut."""
+    model = lively(MAMBA2.build(seed, **options))
+    compress(model, [tokens(8, 24)], CompreSSMConfig(state_size=size, realization="projected"))
+    return model
+
+
+def stock(size: int = 8) -> nn.Module:
+    """What a script builds: other weights, in training mode."""
+    return MAMBA2.build(seed=1, state_size=size)
+
+
+def cut_first(model: nn.Module) -> nn.Module:
+    """A stock cut from 8 states to 6."""
+    compress_(model, selection_plan(model, [0, 1, 2, 4, 5, 7]))
+    return model
+
+
+JOURNEYS = {
+    "stock into projected": (lambda: lively(MAMBA2.build()), lambda: projected(seed=1)),
+    "projected into stock": (projected, stock),
+    "sizes of their own into stock": (lambda: projected([2, 5]), stock),
+    "fewer states": (lambda: projected(2), lambda: projected(5, seed=1)),
+    "more states": (lambda: projected(5), lambda: projected([2, 3], seed=1)),
+    "sizes of their own into others": (lambda: projected([2, 5]), lambda: projected([5, 2], seed=1)),
+    "projected after a stock cut into stock": (lambda: projected(state_size=6), stock),
+    "projected into stock after a cut": (projected, lambda: cut_first(stock())),
+    "small stock into projected": (lambda: cut_first(lively(MAMBA2.build())), lambda: projected(seed=1)),
+    "projected by all of its states": (lambda: projected([8, 3]), stock),
+}
+
+
+@pytest.mark.parametrize("journey", JOURNEYS)
+def test_projected_weights_are_loaded_in_either_direction(journey):
+    source, target = (build() for build in JOURNEYS[journey])
+    resized = []
+    resize_while_loading(target, lambda mixer, pairs: resized.extend(pairs))
+    before = {id(parameter) for parameter in target.parameters()}
+    assert target.load_state_dict(source.state_dict()) == ([], [])
+    assert_same_weights(weights(target), weights(source))
+    assert list(weights(target)) == list(weights(source))
+    assert type(target) is type(source) and type(target.config) is type(source.config)
+    assert target.config.to_dict() == source.config.to_dict()
+    assert target.backbone.config is target.config
+    for ours, theirs in zip(target.modules(), source.modules(), strict=True):
+        assert type(ours) is type(theirs)
+        for name in ("ssm_state_size", "feature_size", "conv_dim", "out_features", "in_channels", "groups"):
+            assert getattr(ours, name, None) == getattr(theirs, name, None)
+    assert torch.equal(target.eval()(tokens()).logits, source.eval()(tokens()).logits)
+    # What is reported makes the old parameters the new ones.
+    removed = {id(old) for old, _ in resized if old is not None}
+    added = {id(new) for _, new in resized if new is not None}
+    assert before - removed | added - removed == {id(parameter) for parameter in target.parameters()}
+
+
+PARTS = {
+    "in order": lambda keys: [keys[i : i + 3] for i in range(0, len(keys), 3)],
+    "backwards": lambda keys: [keys[i : i + 3] for i in range(0, len(keys), 3)][::-1],
+    "one by one": lambda keys: [[key] for key in keys],
+    "one by one, backwards": lambda keys: [[key] for key in keys[::-1]],
+    "in two halves": lambda keys: [keys[: len(keys) // 2], keys[len(keys) // 2 :]],
+    "in two halves, backwards": lambda keys: [keys[len(keys) // 2 :], keys[: len(keys) // 2]],
+    "projections last": lambda keys: [
+        [key for key in keys if "projection" not in key],
+        [key for key in keys if "projection" in key],
+    ],
+}
+
+
+@pytest.mark.parametrize("split", PARTS)
+@pytest.mark.parametrize(
+    "journey",
+    ["stock into projected", "projected into stock", "fewer states", "sizes of their own into others"],
+)
+def test_projected_weights_may_come_in_parts(journey, split):
+    """As from a checkpoint of several files, which Transformers reads in any order."""
+    source, target = (build() for build in JOURNEYS[journey])
+    resize_while_loading(target)
+    state = source.state_dict()
+    # Twice: what was seen of the first checkpoint says nothing about the second.
+    for _ in range(2):
+        for part in PARTS[split](list(state)):
+            target.load_state_dict({key: state[key] for key in part}, strict=False)
+        assert_same_weights(weights(target), weights(source))
+        assert type(target) is type(source) and target.config.to_dict() == source.config.to_dict()
+    assert torch.equal(target.eval()(tokens()).logits, source.eval()(tokens()).logits)
+
+
+def test_projected_weights_of_the_same_sizes_change_nothing_else():
+    model = projected([2, 5])
+    before = list(model.parameters())
+    resize_while_loading(model, lambda mixer, pairs: pytest.fail("nothing had to be resized"))
+    model.load_state_dict(projected([2, 5], seed=1).state_dict())
+    assert all(old is new for old, new in zip(before, model.parameters(), strict=True))
+
+
+def test_frozen_mixers_stay_frozen_when_they_become_projected():
+    model = stock()
+    model.backbone.layers[0].requires_grad_(False)
+    resize_while_loading(model)
+    model.load_state_dict(projected().state_dict())
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("layers.0" not in name)
+
+
+def spoiled(change) -> dict[str, torch.Tensor]:
+    state = projected().state_dict()
+    change(state, "backbone.layers.1.mixer.")
+    return state
+
+
+FOREIGN = {
+    "an odd number of columns": (
+        lambda state, mixer: state.update({f"{mixer}B_projection": torch.zeros(8, 5)}),
+        "size mismatch|Unexpected key",
+    ),
+    "other features": (
+        lambda state, mixer: state.update({f"{mixer}B_projection": torch.zeros(7, 6)}),
+        "size mismatch|Unexpected key",
+    ),
+    "one matrix of another size": (
+        lambda state, mixer: state.update({f"{mixer}C_projection": torch.zeros(8, 8)}),
+        "size mismatch for backbone.layers.1.mixer.C_projection",
+    ),
+    "one matrix is missing": (
+        lambda state, mixer: state.pop(f"{mixer}C_projection"),
+        "Missing key.*backbone.layers.1.mixer.C_projection",
+    ),
+}
+
+
+@pytest.mark.parametrize("target", ["stock", "projected"])
+@pytest.mark.parametrize("case", FOREIGN)
+def test_foreign_projections_are_left_to_torchs_own_error(case, target):
+    change, message = FOREIGN[case]
+    model = stock() if target == "stock" else projected(2, seed=1)
+    resize_while_loading(model)
+    with pytest.raises(RuntimeError, match=message):
+        model.load_state_dict(spoiled(change))
+
+
+def test_resize_mixer_round_trip_through_a_projection():
+    model = stock()
+    before = weights(model)
+    for mixer in find_mixers(model).values():
+        pairs = resize_mixer(mixer, 3, 8)
+        assert [old is None for old, _ in pairs] == [True, True]
+    update_configs(model)
+    assert (model.config.state_size, model.config.feature_size) == (3, 8)
+    model(tokens())
+    with pytest.raises(ValueError, match=r"layers\.0\.mixer: its states are projections of 8 features; .* take on 7"):
+        resize_mixer(find_mixers(model)["backbone.layers.0.mixer"], 3, 7)
+    for mixer in find_mixers(model).values():
+        pairs = resize_mixer(mixer, 8)
+        assert [new is None for _, new in pairs] == [True, True]
+    update_configs(model)
+    assert_same_weights(weights(model), before)
+    assert model.config.to_dict() == stock().config.to_dict() and type(model) is MAMBA2.language_model
+
+
+PROJECTED_RUNS = {
+    "plain": {},
+    "weight decay": {"weight_decay": 0.1},
+    "SGD with momentum": {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9})},
+    "Adafactor": {"optim": "adafactor"},
+    "fused AdamW": {"optim": "adamw_torch_fused", "weight_decay": 0.1},
+    "accumulation over epochs": {"gradient_accumulation_steps": 2, "data": examples(38)},
+    "ragged": {"data": ragged_examples(), "data_collator": pad},
+    "callback states restored": {"restore_callback_states_from_checkpoint": True},
+    "sizes of their own": {"cut": {"state_size": [3, 8]}},
+    "a budget": {"cut": {"state_bytes": 9 * 128}},
+    "a tolerance": {"cut": {"tolerance": 0.5}},
+    "two cuts": {"cut": {"schedule": [4, CUT], "calibration_tokens": 48}},
+    "whatever auto chooses": {"cut": {"state_size": 7, "realization": "auto"}},
+}
+
+
+@pytest.mark.parametrize("kind", PROJECTED_RUNS)
+def test_resume_a_projected_run_on_either_side_of_the_cut(tmp_path, kind):
+    options = dict(PROJECTED_RUNS[kind])
+    options["cut"] = {"realization": "projected"} | options.get("cut", {})
+    whole = saving_trainer(lively(MAMBA2.build()), tmp_path, **options)
+    whole[0].train()
+    for step in (1, 6, CUT - 1, CUT, STEPS - 1):
+        trainer, callback = saving_trainer(stock(), tmp_path / "resumed", save_strategy="no", **options)
+        trainer.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        if kind == "callback states restored":
+            (callback,) = (item for item in trainer.callback_handler.callbacks if isinstance(item, CompreSSMCallback))
+        assert trainer._initial_global_step == step
+        assert_same_run((trainer, callback), whole)
+
+
+def test_resume_a_projected_run_from_shards(tmp_path):
+    cut = {"realization": "projected"}
+    whole = saving_trainer(with_shards(lively(MAMBA2.build())), tmp_path, cut=cut)
+    whole[0].train()
+    for step in (6, CUT, STEPS - 1):
+        assert len(list((tmp_path / f"checkpoint-{step}").glob("model-*.safetensors"))) > 2
+        resumed = saving_trainer(stock(), tmp_path, cut=cut, save_strategy="no")
+        resumed[0].train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same_run(resumed, whole)
+        # And into the model that is projected by now.
+        resumed[0].train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same_weights(weights(resumed[0].model), weights(whole[0].model))
+
+
+def test_resume_a_projected_run_in_the_same_trainer(tmp_path):
+    options = {"cut": {"realization": "projected", "schedule": [4, CUT], "calibration_tokens": 48}}
+    whole = saving_trainer(lively(MAMBA2.build()), tmp_path, weight_decay=0.1, **options)
+    whole[0].train()
+    expected, held = weights(whole[0].model), whole[0].optimizer
+    groups = [[id(parameter) for parameter in group["params"]] for group in held.param_groups]
+    names = {id(parameter): name for name, parameter in whole[0].model.named_parameters()}
+    order = [[names[key] for key in group] for group in groups]
+    # Its model is projected by now: stock weights, projected ones of either size, and stock ones again.
+    for step in (6, 2, CUT, 3, STEPS - 1):
+        whole[0].train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same_weights(weights(whole[0].model), expected)
+        assert whole[0].optimizer is held
+        names = {id(parameter): name for name, parameter in whole[0].model.named_parameters()}
+        assert [[names[id(parameter)] for parameter in group["params"]] for group in held.param_groups] == order
+
+
+def test_projected_checkpoints_load_by_the_auto_classes(tmp_path):
+    sizes = [3, 6]
+    logits = {}
+
+    def look(model, state, **_) -> None:
+        with torch.no_grad():
+            logits[state.global_step] = model.eval()(torch.arange(1, 13)[None]).logits
+
+    cut = {"realization": "projected", "state_size": sizes}
+    trainer, callback = saving_trainer(
+        lively(MAMBA2.build()), tmp_path, AtStepEnd([CUT - 1, CUT, STEPS], look), cut=cut
+    )
+    trainer.train()
+    trainer.save_model(str(tmp_path / "final"))
+    for step in (CUT - 1, CUT, STEPS):
+        folders = [tmp_path / f"checkpoint-{step}"] + ([tmp_path / "final"] if step == STEPS else [])
+        for folder in folders:
+            model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+            assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+            small = step >= CUT
+            assert type(model).__name__ == ("CompressmMamba2ForCausalLM" if small else "Mamba2ForCausalLM")
+            assert [mixer.state_size for mixer in find_mixers(model).values()] == (sizes if small else [8, 8])
+            assert torch.equal(model.eval()(torch.arange(1, 13)[None]).logits, logits[step])
+    (cut,) = read_record(tmp_path)
+    assert cut == json.loads(json.dumps(callback.history[0]))
+    for layer, size in zip(cut["layers"], sizes, strict=True):
+        assert (layer["realization"], layer["kept"], layer["state_size_after"]) == ("projected", None, size)
+        assert layer["criterion"] == "balanced truncation" and set(layer["expected_errors"]) == {"stock", "projected"}
+        assert [len(values) for values in layer["hankel_values"]] == [8, 8]
+
+
+def test_a_projected_run_goes_on_from_its_own_checkpoint(tmp_path):
+    """The script may also build the model by from_pretrained; its history tells that the target is reached."""
+    cut = {"realization": "projected", "state_size": [3, 6]}
+    whole = saving_trainer(lively(MAMBA2.build()), tmp_path, cut=cut)
+    whole[0].train()
+    checkpoint = tmp_path / f"checkpoint-{CUT + 2}"
+    built = AutoModelForCausalLM.from_pretrained(checkpoint)
+    resumed = saving_trainer(built, tmp_path / "resumed", cut=cut, save_strategy="no")
+    resumed[0].train(resume_from_checkpoint=str(checkpoint))
     assert_same_run(resumed, whole)

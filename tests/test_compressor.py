@@ -480,3 +480,220 @@ def test_several_processes_need_ddp(tiny, monkeypatch):
     monkeypatch.setattr("hf_compressm.compressor.is_distributed", lambda: True)
     with pytest.raises(RuntimeError, match=r"not wrapped in DistributedDataParallel; .* accelerator\.prepare or DDP"):
         Compressor(config(), tiny.build(), total_steps=8)
+
+
+# Projected cuts of Mamba-2.
+
+MAMBA2 = TINY["mamba2"]
+PROJECTIONS = ("B_projection", "C_projection")
+
+
+def projected_once(**options) -> tuple[nn.Module, torch.optim.Optimizer, Compressor]:
+    return seen_once(MAMBA2, **({"realization": "projected"} | options))
+
+
+def sizes(model: nn.Module) -> list[int]:
+    return [mixer.state_size for mixer in find_mixers(model).values()]
+
+
+def held_in_order(model: nn.Module, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the optimizer holds exactly the model's parameters, as one that was built now would."""
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return [id(parameter) for parameter in held] == [id(parameter) for parameter in model.parameters()]
+
+
+def test_a_projected_cut_in_a_plain_loop():
+    """Half of the states do nothing: the projection that leaves them out changes nothing, and then it learns."""
+    losses, models = [], []
+    for settings in (None, config(realization="projected")):
+        model = silenced(MAMBA2)
+        optimizer = adamw(model)
+        compressor = settings and Compressor(settings, model, optimizer, total_steps=8)
+        losses.append([])
+        for ids in batches():
+            losses[-1].append(train_step(model, optimizer, ids))
+            if compressor and (report := compressor.step()) is not None:
+                assert (report.step, report.state_size_before, report.state_size_after) == (3, 8, 4)
+                assert report.relative_error < 1e-3 and report.kl_divergence == pytest.approx(0, abs=1e-6)
+                assert compressor.history == [{"status": "cut", "scheduled_step": 3, **report.to_dict()}]
+                start = weights(model)
+        models.append(model)
+    assert losses[1][:4] == pytest.approx(losses[0][:4], rel=1e-5) and losses[1][4:] != losses[0][4:]
+    assert held_in_order(model, optimizer) and compressor.pending == []
+    for name, value in weights(model).items():
+        assert not name.endswith(PROJECTIONS) or not torch.equal(value, start[name])
+
+
+@pytest.mark.parametrize("saved_at", [2, 3, 4, 6], ids=["before the cuts", "right after one", "between", "later"])
+@pytest.mark.parametrize("target", [3, [3, 8]], ids=["one size", "a size for each layer"])
+def test_accelerates_checkpoints_of_a_projected_run(tmp_path, saved_at, target):
+    def start(seed: int):
+        accelerator = Accelerator(cpu=True)
+        model = lively(MAMBA2.build(seed))
+        model, optimizer = accelerator.prepare(model, adamw(model))
+        settings = config(realization="projected", state_size=target, schedule=[3, 5])
+        compressor = Compressor(settings, model, optimizer, total_steps=8, accelerator=accelerator)
+        accelerator.register_for_checkpointing(compressor)
+        return accelerator, model, optimizer, compressor
+
+    def go_on(model, optimizer, compressor, first: int, last: int) -> None:
+        for ids in batches(first, last):
+            train_step(model, optimizer, ids)
+            compressor.step()
+
+    accelerator, *whole = start(seed=0)
+    go_on(*whole, 0, saved_at)
+    accelerator.save_state(tmp_path)
+    go_on(*whole, saved_at, 8)
+    assert [entry["step"] for entry in whole[2].history] == [3, 5]
+
+    accelerator, *resumed = start(seed=1)
+    # The second time, the model is projected by now, and the checkpoint may be stock, or of other sizes.
+    for _ in range(2):
+        accelerator.load_state(tmp_path)
+        assert resumed[2].global_step == saved_at
+        assert held_in_order(resumed[0], resumed[1])
+        go_on(*resumed, saved_at, 8)
+        assert [entry["step"] for entry in resumed[2].history] == [3, 5]
+        assert sizes(resumed[0]) == ([3, 3] if target == 3 else target)
+        assert_same_weights(weights(resumed[0]), weights(whole[0]))
+        ours, theirs = (moments(run[0], run[1]) for run in (resumed, whole))
+        assert ours.keys() == theirs.keys()
+        for name, state in theirs.items():
+            assert_same_weights(ours[name], state)
+        assert held_in_order(resumed[0], resumed[1])
+
+
+@pytest.mark.parametrize("first", [None, {"realization": "projected", "state_size": [6, 8]}, {"state_size": 6}])
+def test_take_back_a_projected_cut(first):
+    model, optimizer, compressor = seen_once(MAMBA2, **(first or {"state_size": 6}))
+    if first is not None:
+        compressor.cut()
+        train_step(model, optimizer, next(batches(1, 2)))
+    compressor.remove()
+    settings = config(pragmatic=True, realization="projected", state_size=3, schedule=[5])
+    compressor = Compressor(settings, model, optimizer, total_steps=51)
+    train_step(model, optimizer, next(batches(2, 3)))
+    before = weights(model), moments(model, optimizer), model.eval()(tokens()).logits, sizes(model), type(model)
+    described = model.config.to_dict()
+    compressor.cut()
+    assert sizes(model) == [3, 3] and held_in_order(model, optimizer)
+    for ids in batches(3, 5):
+        train_step(model, optimizer, ids)
+    compressor.take_back()
+    assert_same_weights(weights(model), before[0])
+    carried = moments(model, optimizer)
+    assert carried.keys() == before[1].keys()
+    for name, state in carried.items():
+        assert_same_weights(state, before[1][name])
+    assert torch.equal(model.eval()(tokens()).logits, before[2])
+    assert (sizes(model), type(model), model.config.to_dict()) == (before[3], before[4], described)
+    assert held_in_order(model, optimizer) and compressor.history[-1]["status"] == "taken back"
+    train_step(model, optimizer, tokens(seed=9))
+    assert all(not torch.equal(value, before[0][name]) for name, value in weights(model).items())
+
+
+@pytest.mark.parametrize("target", [4, [3, 8]], ids=["one size", "one layer stays"])
+def test_weights_from_before_a_projected_cut_undo_it(target):
+    model, optimizer, compressor = projected_once(state_size=target)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    compressor.cut()
+    after = {name: value.clone() for name, value in model.state_dict().items()}
+    compressor.follow_loaded_weights()
+    assert compressor.history[0]["status"] == "cut"
+    model.load_state_dict(before)
+    compressor.follow_loaded_weights()
+    assert compressor.history[0]["status"] == "undone by loading"
+    assert sizes(model) == [8, 8] and compressor.state_size == 8
+    assert type(model) is MAMBA2.language_model and held_in_order(model, optimizer)
+    train_step(model, optimizer, tokens())
+    # And forth again: the optimizer trains the projections.
+    model.load_state_dict(after)
+    assert held_in_order(model, optimizer)
+    train_step(model, optimizer, tokens())
+    for name, value in weights(model).items():
+        assert not name.endswith(PROJECTIONS) or not torch.equal(value, after[name])
+
+
+def test_a_failed_projected_cut_changes_nothing():
+    model, optimizer, compressor = projected_once(pragmatic=True)
+    compressor.cut()
+    compressor.keep()
+    train_step(model, optimizer, tokens())
+    model.backbone.layers[1].mixer.C_projection.register_hook(lambda gradient: gradient)
+    following = Compressor(
+        config(realization="projected", state_size=2, schedule=[5]), model, optimizer, total_steps=51
+    )
+    train_step(model, optimizer, tokens())
+    before = weights(model), moments(model, optimizer), list(model.parameters())
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mixer: C_projection has gradient hooks"):
+        following.cut()
+    assert_same_weights(weights(model), before[0])
+    for name, state in moments(model, optimizer).items():
+        assert_same_weights(state, before[1][name])
+    assert all(new is old for new, old in zip(model.parameters(), before[2], strict=True))
+    assert sizes(model) == [4, 4] and following.history == []
+
+
+@pytest.mark.parametrize(
+    "options, again",
+    [
+        ({"state_size": [3, 8]}, None),
+        ({"state_size": [2, 8]}, [2, 8]),
+        ({"state_size": 8}, None),
+        ({"state_bytes": 11 * 128}, None),
+        ({"state_bytes": 10 * 128}, 10),
+    ],
+)
+def test_a_projected_target_that_an_earlier_run_reached_is_not_asked_for_again(tmp_path, options, again):
+    model, optimizer, compressor = projected_once(state_size=[3, 8])
+    compressor.cut()
+    write_record(compressor.history, tmp_path)
+    compressor.remove()
+    following = Compressor(
+        config(schedule=[1], realization="projected", **options),
+        model,
+        optimizer,
+        total_steps=4,
+        history=read_record(tmp_path),
+    )
+    assert following.pending == ([] if again is None else [1])
+    train_step(model, optimizer, tokens())
+    assert (following.step() is None) == (again is None)
+    assert again in (None, sizes(model), sum(sizes(model)))
+    assert len(following.history) == (1 if again is None else 2)
+
+
+@pytest.mark.parametrize(
+    "present, target, steps, expected",
+    [(40, 10, [1, 2], [32, 16]), (20, 10, [1, 2], [16]), (64, 10, [1, 2, 3], [32, 16])],
+)
+def test_several_cuts_in_sizes_of_the_kernels(present, target, steps, expected):
+    model = lively(MAMBA2.build(state_size=present, num_hidden_layers=1))
+    settings = config(realization="projected", state_size=target, multiple_of="kernel", schedule=steps)
+    compressor, found = Compressor(settings, model, total_steps=8), []
+    for ids in batches(0, 4):
+        model.train()(input_ids=ids, labels=ids)
+        report = compressor.step()
+        found += [] if report is None else [report.state_size_after]
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    "options, wanted", [({"state_size": [3, 40]}, 2 * 40 * 64), ({"state_bytes": 99 * 128}, 4096)]
+)
+def test_wanted_tokens_of_projected_cuts(options, wanted):
+    model = MAMBA2.build(state_size=64)
+    settings = CompreSSMConfig(realization="projected", **options)
+    assert Compressor(settings, model, total_steps=10).wanted_tokens == wanted
+
+
+def test_projections_that_the_optimizer_does_not_hold_are_warned_of(caplog):
+    """An optimizer that was built before the model was cut by hand."""
+    model, _, compressor = projected_once()
+    compressor.cut()
+    compressor.remove()
+    stale = torch.optim.AdamW([p for name, p in model.named_parameters() if not name.endswith(PROJECTIONS)])
+    Compressor(config(realization="projected", state_size=2), model, stale, total_steps=8)
+    messages = [record.message for record in caplog.records if "the optimizer does not update it" in record.message]
+    assert len(messages) == 4 and "B_projection" in messages[0]

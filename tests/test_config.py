@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import pytest
 
@@ -21,9 +22,7 @@ def test_every_option_has_a_help_text():
     "values", [{}, {"state_size": 4, "tolerance": 0.1}, {"tolerance": 0.1, "hankel_tolerance": 0}]
 )
 def test_exactly_one_rule_is_needed(values):
-    with pytest.raises(
-        ValueError, match="set exactly one of state_size, .*, state_bytes; got"
-    ):
+    with pytest.raises(ValueError, match=r"set exactly one of state_size, .*, state_bytes; got"):
         CompreSSMConfig(**values)
 
 
@@ -49,6 +48,56 @@ def test_state_sizes_of_the_wrong_type(size):
         CompreSSMConfig(state_size=size)
 
 
+@pytest.mark.parametrize("sizes", [[4, 8], (4, 8), [1]])
+def test_good_lists_of_state_sizes(sizes):
+    for realization in ("projected", "auto"):
+        assert CompreSSMConfig(state_size=sizes, realization=realization).state_size == list(sizes)
+
+
+@pytest.mark.parametrize("sizes", [[], [4, 0], [4, 0.5], [4, True], [4, None], [[4]], ["4"]])
+def test_bad_lists_of_state_sizes(sizes):
+    with pytest.raises(
+        ValueError, match=rf"state_size must list an int of at least 1 for each mixer, got {re.escape(repr(sizes))}"
+    ):
+        CompreSSMConfig(state_size=sizes, realization="projected")
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [({"state_size": [4, 8]}, "a list of state sizes"), ({"state_bytes": 4096}, "state_bytes")],
+)
+def test_sizes_of_their_own_need_a_projection(options, rule):
+    with pytest.raises(
+        ValueError, match=rf"^{rule} gives each layer a state size of its own, .*set realization='projected'"
+    ):
+        CompreSSMConfig(**options)
+
+
+@pytest.mark.parametrize("multiple", [2, 16, "kernel"])
+def test_a_list_of_state_sizes_is_not_rounded(multiple):
+    with pytest.raises(ValueError, match=rf"multiple_of is {multiple!r}, but a list of state sizes is taken as it is"):
+        CompreSSMConfig(state_size=[4, 8], realization="projected", multiple_of=multiple)
+
+
+def test_realizations():
+    for name in ("stock", "projected", "auto"):
+        assert CompreSSMConfig(state_size=4, realization=name).realization == name
+    for name in ("project", None, True):
+        with pytest.raises(ValueError, match=f"realization must be one of stock, projected, auto, got {name!r}"):
+            CompreSSMConfig(state_size=4, realization=name)
+
+
+@pytest.mark.parametrize("multiple", [1, 4, "kernel"])
+def test_good_multiples(multiple):
+    assert CompreSSMConfig(state_size=4, multiple_of=multiple).multiple_of == multiple
+
+
+@pytest.mark.parametrize("multiple", ["kernels", "16", ""])
+def test_multiples_with_an_unknown_name(multiple):
+    with pytest.raises(ValueError, match=f"multiple_of must be a whole number or 'kernel', got {multiple!r}"):
+        CompreSSMConfig(state_size=4, multiple_of=multiple)
+
+
 OUT_OF_RANGE = [
     ("refit_penalty", -0.1, "at least 0"),
     ("refit_penalty", float("nan"), "at least 0"),
@@ -60,6 +109,7 @@ OUT_OF_RANGE = [
     ("pragmatic_steps", 0, "at least 1"),
     ("seed", -1, "at least 0"),
     ("calibration_tokens", 0, "at least 1"),
+    ("projection_rounds", -1, "at least 0"),
 ]
 
 
@@ -83,6 +133,8 @@ def test_tolerances_lie_between_0_and_1(rule, value):
         ("max_kept_fraction", None, "a number"),
         ("pragmatic_tolerance", True, "a number"),
         ("refit_steps", 2.0, "a whole number"),
+        ("projection_rounds", 1.5, "a whole number"),
+        ("multiple_of", 4.0, "a whole number"),
         ("multiple_of", True, "a whole number"),
         ("calibration_tokens", 4096.0, "a whole number"),
         ("seed", None, "a whole number"),
@@ -93,6 +145,20 @@ def test_tolerances_lie_between_0_and_1(rule, value):
 def test_wrong_types_are_quoted(name, value, kind):
     with pytest.raises(TypeError, match=f"{name} must be {kind}, got {value!r}"):
         CompreSSMConfig(state_size=4, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        (0, ValueError, "state_bytes must be at least 1, got 0"),
+        (-5, ValueError, "state_bytes must be at least 1"),
+        (4096.0, TypeError, r"state_bytes must be a whole number, got 4096\.0 \(float\)"),
+        ("4096", TypeError, r"state_bytes must be a whole number, got '4096' \(str\)"),
+    ],
+)
+def test_budgets(value, error, message):
+    with pytest.raises(error, match=message):
+        CompreSSMConfig(state_bytes=value, realization="projected")
 
 
 def test_tolerances_of_the_wrong_type():
@@ -147,6 +213,8 @@ EXAMPLES = [
     CompreSSMConfig(state_size=12),
     CompreSSMConfig(tolerance=0.02, multiple_of=4, schedule=(10, 0.5), calibration_tokens=99),
     CompreSSMConfig(hankel_tolerance=0.1, criterion="hankel", refit=False, schedule="compressm", pragmatic=True),
+    CompreSSMConfig(state_size=(4, 8), realization="projected", projection_rounds=0),
+    CompreSSMConfig(state_bytes=4096, realization="auto", multiple_of="kernel"),
 ]
 
 

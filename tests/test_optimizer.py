@@ -14,11 +14,19 @@ from conftest import TINY, Tiny, lively, selection_plan, silence_states, tokens,
 from naive import kept_part
 from torch import nn
 from torch.optim import Optimizer
-from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, get_cosine_schedule_with_warmup
 from transformers.trainer_pt_utils import get_parameter_names
 
-from hf_compressm import compress_, find_mixers
-from hf_compressm.optimizer import SLICED_STATE, sliced_state
+from hf_compressm import (
+    CompreSSMConfig,
+    compress_,
+    exempt_from_weight_decay,
+    find_mixers,
+    measure,
+    plan_compression,
+)
+from hf_compressm.modeling_compressm import CompressmMamba2Config, CompressmMamba2ForCausalLM
+from hf_compressm.optimizer import SLICED_STATE, remove_parameter, sliced_state
 
 KEPT, SILENT = [0, 2, 5, 7], [1, 3, 4, 6]
 
@@ -399,3 +407,183 @@ def test_sliced_state_only_reads(tiny):
     state["exp_avg"].zero_()
     now = optimizer.state[axis.tensor]
     assert all(torch.equal(now[key], value) for key, value in before.items())
+
+
+# The two parameters that a projection adds.
+
+MAMBA2 = TINY["mamba2"]
+PROJECTIONS = ("B_projection", "C_projection")
+
+
+def project(model: nn.Module, optimizer: Optimizer, size: int | list[int] = 4) -> None:
+    config = CompreSSMConfig(state_size=size, realization="projected")
+    compress_(model, plan_compression(model, measure(model, [tokens(8, 24)]), config), optimizer)
+
+
+def names_in_groups(model: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return [[names[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+
+
+def undecayed_two_groups(model: nn.Module) -> list[dict]:
+    """The groups that the Trainer would build for a projected model: no decay for projections."""
+    moved = [parameter for name, parameter in model.named_parameters() if name.endswith(PROJECTIONS)]
+    decayed, rest = two_groups(model)
+    order = {id(parameter): number for number, parameter in enumerate(model.parameters())}
+    decayed["params"] = [parameter for parameter in decayed["params"] if not any(parameter is p for p in moved)]
+    everything = {id(parameter): parameter for parameter in [*rest["params"], *moved]}
+    rest["params"] = sorted(everything.values(), key=lambda parameter: order[id(parameter)])
+    return [decayed, rest]
+
+
+def by_layer(model: nn.Module) -> list[dict]:
+    """Learning rates that fall with the depth, and the rest; no group is without decay."""
+    layers = [list(layer.parameters()) for layer in model.backbone.layers]
+    inside = {id(parameter) for layer in layers for parameter in layer}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in inside]
+    return [
+        {"params": params, "lr": 1e-3 / (number + 1), "weight_decay": 0.01}
+        for number, params in enumerate([*layers, rest])
+    ]
+
+
+def slow_mixers_in_reverse(model: nn.Module) -> list[dict]:
+    """Each layer has a group with and one without decay, the last layer first."""
+    groups = []
+    for layer in reversed(model.backbone.layers):
+        own = list(layer.parameters())
+        groups.append({"params": [p for p in own if p.dim() == 1 or p.shape[0] == 8], "weight_decay": 0.0})
+        groups.append({"params": [p for p in own if p.dim() > 1 and p.shape[0] != 8], "weight_decay": 0.1})
+    return groups
+
+
+GROUPINGS: dict[str, Callable[[nn.Module], list]] = {
+    "one": lambda model: list(model.parameters()),
+    "the Trainer's two": undecayed_two_groups,
+    "by layer": by_layer,
+    "two for each layer": slow_mixers_in_reverse,
+}
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("size", [4, [3, 8]], ids=["one size", "a size for each layer"])
+def test_projections_take_the_place_that_a_new_optimizer_would_give_them(grouping, size):
+    """Checkpoints hold optimizer state by position."""
+    model = lively(MAMBA2.build())
+    optimizer = torch.optim.AdamW(GROUPINGS[grouping](model), lr=1e-3)
+    options = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    train(model, optimizer, range(2))
+    before = copied(named_state(model, optimizer))
+    project(model, optimizer, size)
+    fresh = torch.optim.AdamW(GROUPINGS[grouping](model), lr=1e-3)
+    assert names_in_groups(model, optimizer) == names_in_groups(model, fresh)
+    now = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+    assert now == options
+    # The others keep their moments, untouched; the new ones have none.
+    for name, parameter in model.named_parameters():
+        if name.endswith(PROJECTIONS):
+            assert parameter not in optimizer.state
+        else:
+            assert all(torch.equal(optimizer.state[parameter][key], value) for key, value in before[name].items())
+    values = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    train(model, optimizer, range(2, 3))
+    for name, parameter in model.named_parameters():
+        held = any(name in group for group in names_in_groups(model, optimizer))
+        assert torch.equal(parameter, values[name]) == (not held)
+        assert name.endswith(PROJECTIONS) <= held
+
+
+def test_a_scheduler_goes_on_with_the_projections():
+    model = lively(MAMBA2.build())
+    optimizer = torch.optim.AdamW(undecayed_two_groups(model), lr=1e-3)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, 2, 8)
+    for step in range(6):
+        train(model, optimizer, [step])
+        scheduler.step()
+        if step == 2:
+            project(model, optimizer)
+    assert len(optimizer.param_groups) == 2
+    assert {group["lr"] for group in optimizer.param_groups} == {scheduler.get_last_lr()[0]}
+
+
+ALL_OPTIMIZERS = ELEMENTWISE | FACTORED
+
+
+@pytest.mark.parametrize("name", ALL_OPTIMIZERS)
+def test_every_optimizer_trains_the_projections(name):
+    model = lively(MAMBA2.build())
+    optimizer = ALL_OPTIMIZERS[name](model)
+    train(model, optimizer, range(2))
+    project(model, optimizer, 5)
+    for first, size in ((2, 3), (4, None)):
+        before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        losses, _ = train(model, optimizer, [first])
+        assert all(map(math.isfinite, losses))
+        for key, parameter in model.named_parameters():
+            assert torch.isfinite(parameter).all() and not torch.equal(parameter, before[key]), key
+        # The second cut multiplies into the first, and leaves the moments of another basis behind.
+        if size is not None:
+            kept = copied(named_state(model, optimizer))
+            project(model, optimizer, size)
+            for key, parameter in model.named_parameters():
+                assert bool(optimizer.state.get(parameter)) == (not key.endswith(PROJECTIONS) and bool(kept[key]))
+            assert set(optimizer.state) <= set(model.parameters())
+
+
+def test_a_frozen_base_gets_frozen_projections():
+    model = lively(MAMBA2.build())
+    model.backbone.requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    project(model, optimizer)
+    assert names_in_groups(model, optimizer) == [["lm_head.weight"]]
+    assert not any(p.requires_grad for name, p in model.named_parameters() if name.endswith(PROJECTIONS))
+
+
+def test_projections_of_layers_that_the_optimizer_does_not_train():
+    """The first layer's parameters ask for gradients, but no optimizer holds them."""
+    model = lively(MAMBA2.build())
+    optimizer = torch.optim.AdamW(model.backbone.layers[1].parameters(), lr=1e-3)
+    project(model, optimizer)
+    (names,) = names_in_groups(model, optimizer)
+    assert {name for name in names if name.endswith(PROJECTIONS)} == {
+        f"backbone.layers.1.mixer.{name}" for name in PROJECTIONS
+    }
+
+
+def test_accelerates_optimizer_takes_the_projections():
+    model = lively(MAMBA2.build())
+    accelerator = Accelerator(cpu=True)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    project(model, optimizer)
+    (names,) = names_in_groups(model, optimizer)
+    assert names == [name for name, _ in model.named_parameters()]
+
+
+def test_remove_parameter_forgets_it_and_its_state():
+    model = lively(MAMBA2.build())
+    optimizer = torch.optim.AdamW(two_groups(model), lr=1e-3)
+    train(model, optimizer, range(1))
+    gone = model.backbone.layers[0].mixer.D
+    before = names_in_groups(model, optimizer)
+    remove_parameter(optimizer, gone)
+    name = "backbone.layers.0.mixer.D"
+    assert names_in_groups(model, optimizer) == [[item for item in group if item != name] for group in before]
+    assert gone not in optimizer.state and len(optimizer.state) == len(list(model.parameters())) - 1
+
+
+def test_a_trainer_is_told_not_to_decay_projections(tmp_path):
+    """A model that is projected from its first step on, without the callback."""
+    config = CompressmMamba2Config(**(MAMBA2.config().to_diff_dict() | {"state_size": 3, "feature_size": 8}))
+    model = CompressmMamba2ForCausalLM(config)
+    arguments = TrainingArguments(output_dir=str(tmp_path), weight_decay=0.1, report_to="none", use_cpu=True)
+
+    def decayed(told: bool) -> set[str]:
+        trainer = Trainer(model, arguments)
+        if told:
+            exempt_from_weight_decay(trainer)
+        trainer.create_optimizer()
+        return set(names_in_groups(model, trainer.optimizer)[0])
+
+    projections = {name for name, _ in model.named_parameters() if name.endswith(PROJECTIONS)}
+    assert len(projections) == 4
+    assert decayed(told=False) - decayed(told=True) == projections

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, lively, selection_plan, tokens
+from conftest import TINY, lively, selection_plan, silence_states, tokens
 from naive import run_mixer
 from torch import nn
 
@@ -27,6 +27,8 @@ from hf_compressm import (
 )
 from hf_compressm.criteria import CRITERIA
 from hf_compressm.elimination import eliminate
+from hf_compressm.plan import _digest
+from hf_compressm.projection import mean_field_error_curve, measured_error_curve
 
 
 def make_plan(tiny, config: CompreSSMConfig | None = None) -> tuple[nn.Module, CompressionPlan]:
@@ -431,3 +433,274 @@ def test_activations_that_overflow_are_noticed(tiny):
     statistics = measure(model, [tokens()])
     with pytest.raises(NonFiniteError, match="the statistics hold NaN or infinity"):
         plan_compression(model, statistics, CompreSSMConfig(state_size=3))
+
+
+# Projected plans of Mamba-2.
+
+MAMBA2 = TINY["mamba2"]
+PROJECTED = CompreSSMConfig(state_size=3, realization="projected")
+
+
+def small_layer(model: nn.Module, number: int, silent: list[int]) -> None:
+    """Silence states of one layer only."""
+    silence_states(model.backbone.layers[number].mixer, silent)
+
+
+class TestProjectedFiles:
+    @pytest.fixture
+    def plan(self) -> CompressionPlan:
+        return make_plan(MAMBA2, PROJECTED)[1]
+
+    @pytest.mark.parametrize("size", [3, [3, 8], [2, 5]])
+    def test_round_trips_are_exact(self, size, tmp_path):
+        _, plan = make_plan(MAMBA2, dataclasses.replace(PROJECTED, state_size=size))
+        plan.save(tmp_path)
+        for loaded in (CompressionPlan.load(tmp_path), CompressionPlan.from_bytes(plan.to_bytes())):
+            assert_same_plan(loaded, plan)
+            assert loaded.digest() == plan.digest()
+
+    def test_digest_sees_every_part(self, plan):
+        name, layer = next(iter(plan.layers.items()))
+        matrix = layer.B_projection.clone()
+        matrix[0, 0] = np.nextafter(np.float32(matrix[0, 0]), np.float32(np.inf)).item()
+        changes = [
+            {"B_projection": matrix},
+            {"C_projection": matrix},
+            {"B_projection": layer.C_projection, "C_projection": layer.B_projection},
+            {"hankel_values": layer.hankel_values[:1]},
+            {"hankel_values": None},
+            {"expected_errors": layer.expected_errors | {"stock": 0.0}},
+            {"groups": 1},
+            {"refit": "balanced"},
+        ]
+        variants = [
+            dataclasses.replace(plan, layers=plan.layers | {name: dataclasses.replace(layer, **change)})
+            for change in changes
+        ]
+        assert len({variant.digest() for variant in [plan, *variants]}) == len(variants) + 1
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            lambda name, tensors: tensors[f"{name}.B_projection"].view(-1)[3].add_(1e-6),
+            lambda name, tensors: tensors.pop(f"{name}.C_projection"),
+            lambda name, tensors: tensors.update({f"{name}.readout": torch.zeros(3, 8)}),
+        ],
+    )
+    def test_an_edited_matrix(self, plan, tmp_path, change):
+        plan.save(tmp_path)
+        tensors = safetensors.torch.load_file(tmp_path / "plan.safetensors")
+        change(next(iter(plan.layers)), tensors)
+        safetensors.torch.save_file(tensors, tmp_path / "plan.safetensors")
+        with pytest.raises(ValueError, match=r"plan\.json: its digest does not match"):
+            CompressionPlan.load(tmp_path)
+
+    @pytest.mark.parametrize("key", ["groups", "hankel_values", "expected_errors"])
+    def test_a_missing_key_is_named(self, plan, tmp_path, key):
+        """Of a file whose digest is right: a plan of an older version."""
+        content = plan.to_dict()
+        for layer in content["layers"].values():
+            layer.pop(key)
+        tensors = plan.tensors()
+        with pytest.raises(ValueError, match=rf"a file: not a plan, or edited \(KeyError: '{key}'\)"):
+            CompressionPlan._from_parts(content | {"digest": _digest(content, tensors)}, tensors, "a file")
+
+
+@pytest.mark.parametrize("size", [3, [3, 8], [2, 5]])
+def test_replaying_a_projected_plan_gives_the_same_model_bit_for_bit(size, tmp_path):
+    model, plan = make_plan(MAMBA2, dataclasses.replace(PROJECTED, state_size=size))
+    originals = [copy.deepcopy(model), copy.deepcopy(model)]
+    plan.save(tmp_path)
+    compress_(model, plan)
+    for original, loaded in zip(
+        originals, (CompressionPlan.load(tmp_path), CompressionPlan.from_bytes(plan.to_bytes())), strict=True
+    ):
+        compress_(original, loaded)
+        assert original.config.to_dict() == model.config.to_dict()
+        assert type(original) is type(model)
+        weights = model.state_dict()
+        assert list(original.state_dict()) == list(weights)
+        assert all(torch.equal(value, weights[name]) for name, value in original.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [{"state_size": 3}, {"state_size": [3, 8]}, {"tolerance": 0.3}, {"hankel_tolerance": 0.1}, {"state_bytes": 1100}],
+)
+@pytest.mark.parametrize("realization", ["projected", "auto"])
+def test_planning_a_projection_touches_nothing(rule, realization):
+    model = lively(MAMBA2.build()).train()
+    statistics = measure(model, [tokens(8, 24)])
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    identities, config = [id(p) for p in model.parameters()], model.config.to_dict()
+    state = torch.get_rng_state()
+    settings = CompreSSMConfig(realization=realization, **rule)
+    plans = [plan_compression(model, statistics, settings) for _ in range(2)]
+    assert plans[0].digest() == plans[1].digest()
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert [id(p) for p in model.parameters()] == identities and model.config.to_dict() == config
+    assert type(model) is MAMBA2.language_model and torch.equal(torch.get_rng_state(), state)
+
+
+def test_what_a_projected_plan_says():
+    model = lively(MAMBA2.build())
+    statistics = measure(model, [tokens(8, 24)])
+    for rounds in (0, 3):
+        plan = plan_compression(model, statistics, dataclasses.replace(PROJECTED, projection_rounds=rounds))
+        for name, layer in plan.layers.items():
+            assert (layer.realization, layer.kept, layer.readout, layer.groups) == ("projected", None, None, 2)
+            assert layer.B_projection.shape == layer.C_projection.shape == (8, 6)
+            assert (layer.state_size_before, layer.state_size_after, layer.is_change) == (8, 3, True)
+            assert layer.criterion == "balanced truncation"
+            assert layer.refit == ("alternating least squares" if rounds else "balanced")
+            for values in layer.hankel_values:
+                assert len(values) == 8 and values == sorted(values, reverse=True) and values[-1] >= 0
+            curve = measured_error_curve(find_mixers(model)[name], statistics[name])
+            assert layer.error_curve == pytest.approx(curve.tolist(), rel=1e-2, abs=1e-3)
+            stock = plan_compression(model, statistics, CompreSSMConfig(state_size=3)).layers[name]
+            assert layer.expected_errors == pytest.approx(
+                {"stock": stock.relative_error, "projected": float(curve[3])}
+            )
+            assert layer.relative_error <= layer.expected_errors["projected"] * (1 + 1e-3)
+            # A selection is one of the projections.
+            assert layer.relative_error < stock.relative_error
+            assert stock.expected_errors["stock"] == stock.relative_error
+            assert stock.expected_errors["projected"] == pytest.approx(
+                float(mean_field_error_curve(statistics[name])[3])
+            )
+
+
+def test_plans_of_mamba1_expect_no_projection():
+    _, plan = make_plan(TINY["mamba"])
+    for layer in plan.layers.values():
+        assert set(layer.expected_errors) == {"stock"} and layer.hankel_values is None
+
+
+@pytest.mark.parametrize(
+    "rule", [{"realization": "projected", "state_size": 3}, {"realization": "auto", "state_size": [3, 3]}]
+)
+def test_mamba1_is_not_projected(rule):
+    with pytest.raises(
+        ValueError,
+        match=r"layers\.0\.mixer: MambaMixer cannot be projected\. In Mamba-1, each channel's states decay at rates "
+        r"of their own, so a change .* does not commute with the dynamics.*Use realization='stock' with one",
+    ):
+        make_plan(TINY["mamba"], CompreSSMConfig(**rule))
+
+
+def test_auto_leaves_mamba1_stock():
+    _, plan = make_plan(TINY["mamba"], CompreSSMConfig(state_size=3, realization="auto"))
+    _, stock = make_plan(TINY["mamba"])
+    for name, layer in plan.layers.items():
+        assert layer.realization == "stock" and torch.equal(layer.kept, stock.layers[name].kept)
+        assert torch.equal(layer.readout, stock.layers[name].readout)
+
+
+def test_auto_selects_where_that_is_nearly_lossless_and_projects_elsewhere():
+    model = lively(MAMBA2.build())
+    for number, silent in enumerate(([1, 3, 4, 6], [0, 1, 2, 5])):
+        small_layer(model, number, silent)
+    statistics = measure(model, [tokens(8, 24)])
+    # Sizes for each layer leave no choice; of a tolerance, a stock model has what the most demanding layer wants.
+    for rule, realization, sizes in (
+        ({"state_size": 4}, "stock", [4, 4]),
+        ({"state_size": 5}, "stock", [5, 5]),
+        ({"state_size": 3}, "projected", [3, 3]),
+        ({"state_size": [3, 4]}, "projected", [3, 4]),
+        ({"state_size": [4, 4]}, "projected", [4, 4]),
+        ({"state_bytes": 8 * 128}, "projected", [4, 4]),
+        ({"tolerance": 0.01}, "stock", [4, 4]),
+    ):
+        plan = plan_compression(model, statistics, CompreSSMConfig(realization="auto", **rule))
+        assert {layer.realization for layer in plan.layers.values()} == {realization}, rule
+        assert [layer.state_size_after for layer in plan.layers.values()] == sizes, rule
+    # Where one layer needs a projection, those that share its config are projected with it.
+    model = lively(MAMBA2.build())
+    small_layer(model, 0, [1, 3, 4, 6])
+    plan = plan_compression(model, measure(model, [tokens(8, 24)]), CompreSSMConfig(state_size=4, realization="auto"))
+    assert [layer.realization for layer in plan.layers.values()] == ["projected"] * 2
+    assert plan.layers["backbone.layers.0.mixer"].expected_errors["stock"] < 1e-3
+
+
+def test_a_tolerance_is_met_by_every_projected_layer_with_as_few_states_as_it_needs():
+    model = lively(MAMBA2.build())
+    small_layer(model, 0, [1, 3, 4, 6, 7])
+    statistics = measure(model, [tokens(8, 24)])
+    config = CompreSSMConfig(tolerance=0.2, realization="projected")
+    plan = plan_compression(model, statistics, config)
+    sizes = []
+    for name, layer in plan.layers.items():
+        curve = measured_error_curve(find_mixers(model)[name], statistics[name])
+        assert layer.state_size_after == next(size for size, error in enumerate(curve.tolist()) if error <= 0.2)
+        assert layer.relative_error <= 0.2
+        sizes.append(layer.state_size_after)
+    assert sizes[0] < sizes[1] < 8
+
+
+def test_the_energy_rule_on_measured_hankel_values():
+    model = lively(MAMBA2.build())
+    statistics = measure(model, [tokens(8, 24)])
+    config = CompreSSMConfig(hankel_tolerance=0.1, realization="projected", max_kept_fraction=1.0)
+    plan = plan_compression(model, statistics, config)
+    for name, layer in plan.layers.items():
+        wanted = []
+        for H, omega in zip(statistics[name].state_gram, statistics[name].readout_gram, strict=True):
+            values = np.sort(np.linalg.eigvals(H.double().numpy() @ omega.double().numpy()).real.clip(0) ** 0.5)[::-1]
+            wanted.append(next(r for r in range(1, 9) if values[:r].sum() >= 0.9 * values.sum()))
+        assert layer.state_size_after == max(wanted) < 8
+
+
+def test_a_rule_that_finds_nothing_worth_a_projection():
+    _, plan = make_plan(MAMBA2, CompreSSMConfig(tolerance=1e-9, realization="projected"))
+    assert plan.changes == {}
+    assert [layer.realization for layer in plan.layers.values()] == ["stock"] * 2
+
+
+@pytest.mark.parametrize("sizes", [[3], [3, 3, 3]])
+def test_a_list_needs_a_number_for_each_mixer(sizes):
+    names = r"backbone\.layers\.0\.mixer, backbone\.layers\.1\.mixer"
+    with pytest.raises(
+        ValueError, match=rf"state_size lists {len(sizes)} numbers, .*but the model has 2 mixers: {names}"
+    ):
+        make_plan(MAMBA2, dataclasses.replace(PROJECTED, state_size=sizes))
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (8, r"layers\.0\.mixer: target state_size 8 is not below the current 8; choose 1\.\.7"),
+        (9, r"layers\.0\.mixer: target state_size 9 is not below the current 8"),
+        ([3, 9], r"layers\.1\.mixer: target state_size 9 is above the current 8; choose 1\.\.8"),
+        ([8, 8], r"state_size \[8, 8\] is what the layers already have; choose a smaller one"),
+    ],
+)
+def test_projected_targets_that_are_no_cut(size, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(MAMBA2, dataclasses.replace(PROJECTED, state_size=size))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_non_finite_projections(value):
+    model, plan = make_plan(MAMBA2, PROJECTED)
+    compress_(model, plan)
+    statistics = measure(model, [tokens()])
+    module = model.backbone.layers[1].mixer
+    for name in ("B_projection", "C_projection"):
+        number = getattr(module, name)[2, 1].item()
+        getattr(module, name).data[2, 1] = value
+        with pytest.raises(NonFiniteError, match=rf"layers\.1\.mixer: parameter {name} holds NaN or infinity"):
+            plan_compression(model, statistics, CompreSSMConfig(state_size=2))
+        getattr(module, name).data[2, 1] = number
+
+
+@pytest.mark.parametrize("realization", ["stock", "auto", "projected"])
+def test_a_projected_model_stays_projected(realization):
+    """Stock asks for a selection: of a projected model, it is one of its states."""
+    model, plan = make_plan(MAMBA2, dataclasses.replace(PROJECTED, state_size=5))
+    compress_(model, plan)
+    statistics = measure(model, [tokens(8, 24)])
+    again = plan_compression(model, statistics, CompreSSMConfig(state_size=3, realization=realization))
+    expected = "stock" if realization == "stock" else "projected"
+    for layer in again.layers.values():
+        assert layer.realization == expected and (layer.state_size_before, layer.state_size_after) == (5, 3)
+        assert (layer.kept is None) == (expected == "projected")

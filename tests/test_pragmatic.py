@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from conftest import lively
+from conftest import TINY, lively
 from training import (
     AtStepEnd,
     assert_same_weights,
@@ -317,3 +317,42 @@ def test_the_metric_is_that_of_the_small_model(tiny, tmp_path):
     assert entry["status"] == "cut"
     assert entry["metric_before"] == pytest.approx(losses[3].item(), rel=1e-5)
     assert entry["metric_after"] == pytest.approx(losses[7].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("target", [4, [3, 8]], ids=["one size", "a size for each layer"])
+@pytest.mark.parametrize("verdict", ["taken back", "cut"])
+def test_the_verdict_on_a_projected_cut(tmp_path, verdict, target):
+    tiny = TINY["mamba2"]
+    model, stock = lively(tiny.build()), tiny.build().config.to_dict()
+    before, after, end = Moments(4, "step"), Moments(7, "evaluation"), Moments(12, "step")
+    callback = pragmatic(state_size=target, realization="projected")
+    metric = Metric(0.9, 0.5 if verdict == "taken back" else 0.9)
+    options = {"weight_decay": 0.1, "save_strategy": "steps", "save_steps": 2}
+    trainer = pragmatic_trainer(model, tmp_path, before, callback, after, end, metric=metric, **options)
+    trainer.train()
+    assert [entry["status"] for entry in callback.history] == [verdict]
+    assert [row[0] for row in log_rows(trainer)] == list(range(1, 13))
+    held = [id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]]
+    assert sorted(held) == sorted(id(parameter) for parameter in model.parameters())
+    if verdict == "taken back":
+        assert_same_weights(after.weights, before.weights)
+        assert before.moments.keys() == after.moments.keys()
+        for name, state in before.moments.items():
+            assert_same_weights(after.moments[name], state)
+        assert type(model) is tiny.language_model and model.config.to_dict().keys() == stock.keys()
+    else:
+        assert end.weights.keys() - before.weights.keys() == {
+            f"backbone.layers.{layer}.mixer.{name}_projection" for layer in (0, 1) for name in "BC"
+        }
+    resumed = pragmatic_trainer(
+        tiny.build(seed=1),
+        tmp_path,
+        pragmatic(state_size=target, realization="projected"),
+        metric=Metric(0.9, 0.5 if verdict == "taken back" else 0.9),
+        **options,
+    )
+    # Between the cut and its verdict nothing was saved.
+    assert not (tmp_path / "checkpoint-6").exists()
+    for step in (2, 8):
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same_weights(weights(resumed.model), weights(model))

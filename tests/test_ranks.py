@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from test_criteria import made_up
 
 from hf_compressm import CompreSSMConfig
 from hf_compressm.criteria import hankel_singular_values
-from hf_compressm.ranks import choose_state_sizes, fixed_state_size, states_for_energy, states_for_tolerance
+from hf_compressm.ranks import (
+    choose_state_sizes,
+    fixed_state_size,
+    round_up,
+    states_for_budget,
+    states_for_energy,
+    states_for_tolerance,
+)
 
 CURVE = torch.tensor([1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.0])
 
@@ -115,3 +124,154 @@ def test_hankel_rule_takes_the_most_demanding_layer_and_group():
     assert choose_state_sizes(config, curves, values, together=False) == wanted
     assert choose_state_sizes(config, curves, values, together=True) == dict.fromkeys("abc", max(wanted.values()))
     assert max(wanted.values()) < 8
+
+
+def test_without_one_size_for_all_each_layer_gets_what_it_wants():
+    curves = {"easy": CURVE, "hard": CURVE.sqrt()}
+    assert choose_state_sizes(CompreSSMConfig(tolerance=0.25), curves, {}, together=False) == {"easy": 2, "hard": 4}
+    # The gate is each layer's own.
+    config = CompreSSMConfig(tolerance=0.25, max_kept_fraction=0.5)
+    assert choose_state_sizes(config, curves, {}, together=False) == {"easy": 2, "hard": 8}
+
+
+def test_a_fixed_target_leaves_smaller_layers_as_they_are():
+    curves = {"large": CURVE, "small": CURVE[-4:]}
+    for target, expected in (
+        (5, {"large": 5, "small": 3}),
+        (2, {"large": 2, "small": 2}),
+        (0.5, {"large": 4, "small": 3}),
+    ):
+        assert choose_state_sizes(CompreSSMConfig(state_size=target), curves, {}, together=False) == expected
+
+
+def lists(sizes: list[int], curves: dict[str, torch.Tensor]) -> dict[str, int]:
+    config = CompreSSMConfig(state_size=sizes, realization="projected")
+    return choose_state_sizes(config, curves, {}, together=False, numbers={"a": 0, "b": 2, "c": 1})
+
+
+def test_lists_go_by_the_layers_numbers():
+    curves = {"a": CURVE, "b": CURVE, "c": CURVE}
+    assert lists([3, 8, 5], curves) == {"a": 3, "b": 5, "c": 8}
+    # Of another config of the same model, only its own layers.
+    assert lists([3, 8, 5], {"b": CURVE}) == {"b": 5}
+    with pytest.raises(ValueError, match=r"layer c: target state_size 9 is above the current 8; choose 1\.\.8"):
+        lists([3, 9, 5], curves)
+    with pytest.raises(ValueError, match=r"state_size \[8, 8, 8\] is what the layers already have"):
+        lists([8, 8, 8], curves)
+    assert fixed_state_size([3, 8, 5], 8) == 8
+
+
+@pytest.mark.parametrize(
+    ("size", "multiple", "expected"),
+    [
+        *((size, "kernel", 16) for size in (1, 9, 15, 16)),
+        *((size, "kernel", 32) for size in (17, 31, 32)),
+        (33, "kernel", 64),
+        (65, "kernel", 128),
+        (128, "kernel", 128),
+        (129, "kernel", 256),
+        (5, 4, 8),
+        (8, 4, 8),
+        (1, 1, 1),
+    ],
+)
+def test_sizes_of_the_kernels_are_powers_of_two_from_16_on(size, multiple, expected):
+    assert round_up(size, multiple) == expected
+
+
+@pytest.mark.parametrize(("target", "states"), [(1, 16), (16, 16), (17, 32), (0.3, 32)])
+def test_fixed_targets_in_sizes_of_the_kernels(target, states):
+    curves = {"layer": torch.linspace(1, 0, 65)}
+    assert choose(CompreSSMConfig(state_size=target, multiple_of="kernel"), curves) == states
+
+
+def test_a_target_that_the_kernels_size_lifts_to_the_present_one():
+    with pytest.raises(
+        ValueError,
+        match=r"target state_size 16 \(rounded up from 3 to a size of the kernels\) is not below the current 8",
+    ):
+        choose(CompreSSMConfig(state_size=3, multiple_of="kernel"))
+
+
+# A budget of bytes.
+
+
+def convex_curves(seed: int, layers: int = 3, size: int = 6) -> dict[str, torch.Tensor]:
+    """Squared errors that fall by less with each state, as those of balanced truncation do."""
+    generator = torch.Generator().manual_seed(seed)
+    curves = {}
+    for name in "abc"[:layers]:
+        steps = torch.rand(size, generator=generator, dtype=torch.float64).pow(3).sort(descending=True).values
+        left = torch.cat([steps.flip(0).cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)])
+        curves[name] = (left / left[0]).sqrt()
+    return curves
+
+
+def total(curves: dict[str, torch.Tensor], sizes: dict[str, int]) -> float:
+    return sum(float(curves[name][size]) ** 2 for name, size in sizes.items())
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("budget", [12, 16, 20, 44, 64, 68])
+def test_a_budget_is_shared_out_as_well_as_any_other_way(seed, budget):
+    """Against all 6³ ways."""
+    curves, cost = convex_curves(seed), dict.fromkeys("abc", 4)
+    sizes = states_for_budget(curves, cost, budget)
+    assert sum(4 * size for size in sizes.values()) == budget
+    ways = (dict(zip("abc", way, strict=True)) for way in itertools.product(range(1, 7), repeat=3))
+    best = min(total(curves, way) for way in ways if sum(4 * size for size in way.values()) <= budget)
+    assert total(curves, sizes) == pytest.approx(best)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_states_that_cost_more_must_bring_more(seed):
+    """Along the way greedy is optimal for what it spends: no other way spends as little and errs less."""
+    curves, cost = convex_curves(seed), {"a": 4, "b": 8, "c": 12}
+    for budget in range(24, 144, 7):
+        sizes = states_for_budget(curves, cost, budget)
+        spent = sum(cost[name] * size for name, size in sizes.items())
+        assert spent <= budget
+        ways = [dict(zip("abc", way, strict=True)) for way in itertools.product(range(1, 7), repeat=3)]
+        rivals = [way for way in ways if sum(cost[name] * size for name, size in way.items()) <= budget]
+        # What no step of any layer still fits into is less than the dearest state.
+        assert all(spent + cost[name] > budget for name, size in sizes.items() if size < 6)
+        largest_step = max(float(curves[n][s] ** 2 - curves[n][s + 1] ** 2) for n in "abc" for s in range(1, 6))
+        assert total(curves, sizes) <= min(total(curves, way) for way in rivals) + largest_step
+
+
+def test_a_budget_in_steps_of_the_allowed_sizes():
+    curves = {name: torch.linspace(1, 0, 65) ** power for name, power in (("a", 1), ("b", 4))}
+    cost = {"a": 4, "b": 4}
+    assert states_for_budget(curves, cost, 4 * 48, "kernel") == {"a": 32, "b": 16}
+    assert states_for_budget(curves, cost, 4 * 48 + 3, 16) == {"a": 32, "b": 16}
+    assert states_for_budget(curves, cost, 4 * 80, "kernel") == {"a": 64, "b": 16}
+    for multiple, allowed in (("kernel", {16, 32, 64}), (24, {24, 48, 64})):
+        for budget in range(4 * 48, 4 * 128, 20):
+            sizes = states_for_budget(curves, cost, budget, multiple)
+            assert set(sizes.values()) <= allowed and 4 * sum(sizes.values()) <= budget
+
+
+def test_a_budget_by_the_config():
+    curves = convex_curves(0)
+    config = CompreSSMConfig(state_bytes=40, realization="projected")
+    cost = dict.fromkeys("abc", 4)
+    sizes = choose_state_sizes(config, curves, {}, together=False, bytes_per_state=cost)
+    assert sizes == states_for_budget(curves, cost, 40)
+
+
+def test_a_budget_that_is_too_small():
+    with pytest.raises(
+        ValueError,
+        match=r"state_bytes is 11, but the smallest sizes, \{'a': 1, .*'c': 1\}, take 12 bytes; give at least 12",
+    ):
+        states_for_budget(convex_curves(0), dict.fromkeys("abc", 4), 11)
+    with pytest.raises(ValueError, match=r"smallest sizes, \{'a': 16\}, take 64 bytes"):
+        states_for_budget({"a": torch.linspace(1, 0, 65)}, {"a": 4}, 63, "kernel")
+
+
+@pytest.mark.parametrize("budget", [72, 1000])
+def test_a_budget_that_is_no_limit(budget):
+    with pytest.raises(
+        ValueError, match=f"state_bytes is {budget}, but the states take 72 bytes as they are; give less"
+    ):
+        states_for_budget(convex_curves(0), dict.fromkeys("abc", 4), budget)

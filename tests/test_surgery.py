@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,9 +15,10 @@ from conftest import TINY, Tiny, lively, selection_plan, silence_states, tokens,
 from naive import kept_part
 from torch import nn
 from transformers import AutoModelForCausalLM, MambaConfig, MambaModel
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
+from transformers.models.mamba2.modeling_mamba2 import Mamba2ForCausalLM, Mamba2Mixer
 
 from hf_compressm import CompressionPlan, CompreSSMConfig, compress_, find_mixers, measure, plan_compression
+from hf_compressm.modeling_compressm import CompressmMamba2ForCausalLM
 from hf_compressm.plan import LayerPlan
 from hf_compressm.surgery import check_optimizer, optimizer_bytes
 
@@ -59,12 +61,13 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -
             for name, module in model.named_modules()
         },
         "config": model.config.to_dict() if hasattr(model, "config") else None,
+        "classes": [type(module) for module in [*model.modules(), getattr(model, "config", None)]],
     }
 
 
 def assert_untouched(before: dict, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
     now = snapshot(model, optimizer)
-    for kind in ("groups", "sizes", "config"):
+    for kind in ("groups", "sizes", "config", "classes"):
         assert now[kind] == before[kind]
     for kind in ("parameters", "buffers", "state"):
         assert same(now[kind], before[kind]), kind
@@ -594,3 +597,421 @@ def test_models_that_share_a_config_keep_one_size():
         compress_(both, last_layer({"kept": torch.tensor([[0, 1]])})(plan))
     compress_(both, plan)
     assert config.state_size == 3
+
+
+# Projections of Mamba-2.
+
+MAMBA2 = TINY["mamba2"]
+MATRICES = ("B_projection", "C_projection")
+
+
+def projection_plan(model: nn.Module, sizes: list[int], seed: int = 0) -> CompressionPlan:
+    """A plan made by hand: random projections of each layer to some number of states."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for (name, mixer), size in zip(find_mixers(model).items(), sizes, strict=True):
+        W, V = torch.randn(2, mixer.state_size, 2 * size, generator=generator) / mixer.state_size**0.5
+        layers[name] = projected_layer(mixer.state_size, W, V)
+    return CompressionPlan(layers, 1, CompreSSMConfig(state_size=sizes, realization="projected"))
+
+
+def projected_layer(size: int, W: torch.Tensor, V: torch.Tensor) -> LayerPlan:
+    return LayerPlan(
+        mixer_class="Mamba2Mixer",
+        state_size_before=size,
+        kept=None,
+        readout=None,
+        criterion="by hand",
+        refit="none",
+        relative_error=0.25,
+        error_curve=[1.0] + [0.0] * size,
+        B_projection=W,
+        C_projection=V,
+        groups=2,
+    )
+
+
+def products(first: CompressionPlan, second: CompressionPlan) -> CompressionPlan:
+    """The plan that does at once what two do after each other."""
+    layers = {}
+    for name, one in first.layers.items():
+        two, matrices = second.layers[name], []
+        for matrix in MATRICES:
+            pairs = zip(getattr(one, matrix).chunk(2, dim=1), getattr(two, matrix).chunk(2, dim=1), strict=True)
+            matrices.append(torch.cat([(left.double() @ right.double()).float() for left, right in pairs], dim=1))
+        layers[name] = projected_layer(8, *matrices)
+    return dataclasses.replace(first, layers=layers)
+
+
+def unit_columns(kept: list[list[int]], size: int = 8) -> torch.Tensor:
+    return torch.cat([torch.eye(size)[:, row] for row in kept], dim=1)
+
+
+@pytest.mark.parametrize("kept", [[[0, 2, 5], [0, 2, 5]], [[0, 2, 5, 7], [1, 2, 3, 6]], [[6], [0]]])
+def test_a_projection_on_coordinates_is_a_selection(kept):
+    selected = lively(MAMBA2.build())
+    projected = copy.deepcopy(selected)
+    units = unit_columns(kept)
+    layers = {name: projected_layer(8, units, units) for name in find_mixers(projected)}
+    compress_(projected, CompressionPlan(layers, 1, CompreSSMConfig(state_size=len(kept[0]), realization="projected")))
+    compress_(selected, selection_plan(selected, kept))
+    with torch.no_grad():
+        assert_close(projected(tokens()).logits, selected(tokens()).logits)
+
+
+def test_all_coordinates_in_any_basis_change_nothing():
+    model = lively(MAMBA2.build())
+    before = model(tokens()).logits
+    layers = {}
+    for number, name in enumerate(find_mixers(model)):
+        bases = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+        inverses = torch.linalg.inv(bases).transpose(1, 2)
+        layers[name] = projected_layer(8, torch.cat(list(bases), 1).float(), torch.cat(list(inverses), 1).float())
+    report = compress_(model, CompressionPlan(layers, 1, CompreSSMConfig(state_size=8, realization="projected")))
+    assert report.changed and [layer.status for layer in report.layers] == ["cut"] * 2
+    torch.testing.assert_close(model(tokens()).logits, before, rtol=1e-3, atol=1e-4)
+
+
+def test_a_projected_model_is_that_of_its_class():
+    model = lively(MAMBA2.build())
+    plan = projection_plan(model, [3, 5])
+    before = dict(model.named_parameters())
+    report = compress_(model, plan)
+    fresh = CompressmMamba2ForCausalLM(copy.deepcopy(model.config))
+    assert type(model) is type(fresh) and type(model.config) is type(fresh.config)
+    for (name, ours), (_, theirs) in zip(model.named_modules(), fresh.named_modules(), strict=True):
+        assert type(ours) is type(theirs), name
+        numbers = [{key: value for key, value in vars(m).items() if isinstance(value, int)} for m in (ours, theirs)]
+        assert numbers[0] == numbers[1], name
+    assert [(n, p.shape) for n, p in model.named_parameters()] == [(n, p.shape) for n, p in fresh.named_parameters()]
+    assert model.config.to_dict() == fresh.config.to_dict()
+    assert (model.config.state_size, model.config.state_ranks, model.config.feature_size) == (3, [3, 5], 8)
+    assert model.backbone.config is model.config
+    for name, parameter in model.named_parameters():
+        layer, _, matrix = name.rpartition(".")
+        if matrix in MATRICES:
+            assert torch.equal(parameter, getattr(plan.layers[layer], matrix)) and parameter.is_leaf
+        else:
+            # Nothing else is touched.
+            assert parameter is before[name]
+    assert [layer.state_size_after for layer in report.layers] == [3, 5]
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh.eval()(tokens()).logits, model.eval()(tokens()).logits)
+
+
+def test_a_second_projection_multiplies_into_the_first():
+    model = lively(MAMBA2.build())
+    once = copy.deepcopy(model)
+    first = projection_plan(model, [5, 6], seed=1)
+    compress_(model, first)
+    second = projection_plan(model, [3, 4], seed=2)
+    compress_(model, second)
+    whole = products(first, second)
+    compress_(once, whole)
+    for name, module in [(name, mixer.module) for name, mixer in find_mixers(model).items()]:
+        for matrix in MATRICES:
+            assert_close(getattr(module, matrix), getattr(whole.layers[name], matrix))
+        assert module.feature_size == 8
+    assert [mixer.state_size for mixer in find_mixers(model).values()] == [3, 4]
+    assert (model.config.state_size, model.config.state_ranks, model.config.feature_size) == (3, [3, 4], 8)
+    with torch.no_grad():
+        assert_close(model(tokens()).logits, once(tokens()).logits)
+
+
+def test_a_selection_of_a_projected_models_states_takes_columns():
+    model = lively(MAMBA2.build())
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    compress_(model, projection_plan(model, [6, 6]), optimizer)
+    train(model, optimizer, range(2))
+    kept = [[0, 2, 5], [1, 3, 4]]
+    columns = [*kept[0], *(6 + state for state in kept[1])]
+    before = {name: (p.detach().clone(), dict(optimizer.state[p])) for name, p in model.named_parameters()}
+    once = copy.deepcopy(model)
+    units = unit_columns(kept, size=6)
+    plan = CompressionPlan(
+        {name: projected_layer(6, units, units) for name in find_mixers(once)}, 1, CompreSSMConfig(state_size=3)
+    )
+    compress_(once, plan)
+    compress_(model, selection_plan(model, kept), optimizer)
+    for name, parameter in model.named_parameters():
+        value, state = before[name]
+        small = name.endswith(MATRICES)
+        assert torch.equal(parameter, value[:, columns] if small else value)
+        for key, moment in state.items():
+            now = optimizer.state[parameter][key]
+            assert torch.equal(now, moment[:, columns] if small and moment.dim() else moment)
+    assert (model.config.state_size, model.config.feature_size) == (3, 8)
+    with torch.no_grad():
+        assert_close(model(tokens()).logits, once(tokens()).logits)
+    train(model, optimizer, range(2, 3))
+
+
+def test_a_stock_cut_before_a_projection():
+    model, _ = silent_and_kept(MAMBA2, [0, 2, 5, 7])
+    before = model(tokens()).logits
+    compress_(model, selection_plan(model, [0, 2, 4, 5, 7]))
+    config = CompreSSMConfig(state_size=4, realization="projected")
+    compress_(model, plan_compression(model, measure(model, [tokens(8, 24)]), config))
+    assert (model.config.state_size, model.config.feature_size) == (4, 5)
+    torch.testing.assert_close(model(tokens()).logits, before, rtol=1e-3, atol=1e-5)
+
+
+def test_projections_have_the_dtype_of_the_model():
+    model = lively(MAMBA2.build()).to(torch.bfloat16)
+    plan = projection_plan(model, [3, 3])
+    compress_(model, plan)
+    for name, layer in plan.layers.items():
+        for matrix in MATRICES:
+            assert torch.equal(model.get_parameter(f"{name}.{matrix}"), getattr(layer, matrix).to(torch.bfloat16))
+    assert torch.isfinite(model(tokens()).logits).all()
+
+
+def test_modes_hooks_and_frozenness_stay_when_a_mixer_is_projected():
+    model = MAMBA2.build().train()
+    first, second = (layer.mixer for layer in model.backbone.layers)
+    first.requires_grad_(False)
+    second.eval()
+    seen = []
+    first.register_forward_pre_hook(lambda *_: seen.append(1))
+    modes = [module.training for module in model.modules()]
+    compress_(model, projection_plan(model, [3, 3]))
+    assert [module.training for module in model.modules()] == modes
+    model(tokens())
+    assert seen == [1]
+    for mixer in (first, second):
+        mixer.B_projection.mark = "kept"
+    for _ in range(2):
+        assert not any(parameter.requires_grad for parameter in first.parameters())
+        assert all(parameter.requires_grad for parameter in second.parameters())
+        assert first.B_projection.mark == second.B_projection.mark == "kept"
+        compress_(model, projection_plan(model, [first.ssm_state_size - 1] * 2))
+
+
+def test_one_of_two_models_is_projected():
+    both = nn.ModuleDict({"a": TINY["mamba"].build(), "b": nn.Sequential(MAMBA2.build_base())})
+    plan = projection_plan(nn.ModuleDict({"b": both["b"]}), [3, 5])
+    plan.layers.update(selection_plan(nn.ModuleDict({"a": both["a"]}), [1, 4]).layers)
+    compress_(both, plan)
+    assert type(both["a"]) is TINY["mamba"].language_model and both["a"].config.state_size == 2
+    assert type(both["b"][0]).__name__ == "CompressmMamba2Model" and both["b"][0].config.state_ranks == [3, 5]
+    both["a"](tokens()), both["b"][0](tokens())
+
+
+def test_a_bare_mixer_is_projected():
+    module = MAMBA2.build().backbone.layers[0].mixer
+    compress_(module, projection_plan(module, [3]))
+    assert (module.ssm_state_size, module.feature_size) == (3, 8)
+    hidden_states = torch.randn(2, 5, 16)
+    assert module(hidden_states).shape == hidden_states.shape
+
+
+def test_the_report_of_a_projected_cut():
+    model = lively(MAMBA2.build())
+    optimizer = torch.optim.AdamW(model.parameters())
+    train(model, optimizer, range(1))
+    count, held = sum(p.numel() for p in model.parameters()), optimizer_bytes(optimizer)
+    config = CompreSSMConfig(state_size=[3, 5], realization="projected")
+    plan = plan_compression(model, measure(model, [tokens(8, 24)]), config)
+    report = compress_(model, plan, optimizer)
+    # Two matrices of 8 rows, for two groups, in each layer; they have no moments yet.
+    assert (report.parameters_before, report.parameters_after) == (count, count + 2 * 8 * 2 * (3 + 5))
+    assert report.optimizer_bytes_before == report.optimizer_bytes_after == held
+    assert [layer.realization for layer in report.layers] == ["projected"] * 2
+    for layer, planned in zip(report.layers, plan.layers.values(), strict=True):
+        assert (layer.kept, layer.hankel_values) == (None, planned.hankel_values)
+        assert layer.expected_errors == planned.expected_errors
+    assert json.loads(json.dumps(report.to_dict())) == report.to_dict()
+    text = str(report)
+    worst = {kind: max(layer.expected_errors[kind] for layer in report.layers) for kind in ("stock", "projected")}
+    assert "8 → 3" in text and "8 → 5" in text and "balanced truncation, alternating least squares" in text
+    assert (
+        f"largest expected relative error at this size: {worst['stock']:.4f} by selection (realization stock), "
+        f"{worst['projected']:.4f} projected\n" in text
+    )
+
+
+def test_the_report_of_a_selection_says_what_a_projection_would_cost():
+    model = lively(MAMBA2.build())
+    report = compress_(model, plan_compression(model, measure(model, [tokens(8, 24)]), CompreSSMConfig(state_size=3)))
+    worst = {kind: max(layer.expected_errors[kind] for layer in report.layers) for kind in ("stock", "projected")}
+    assert worst["projected"] < worst["stock"] == report.relative_error
+    assert f"{worst['projected']:.4f} projected (in the mean field)\n" in str(report)
+    mamba = lively(TINY["mamba"].build())
+    report = compress_(mamba, plan_compression(mamba, measure(mamba, [tokens(8, 24)]), CompreSSMConfig(state_size=3)))
+    assert "projected" not in str(report)
+
+
+def matrix_of(**matrices: torch.Tensor | None) -> Callable[[CompressionPlan], CompressionPlan]:
+    return last_layer(matrices)
+
+
+BAD_PROJECTIONS = {
+    "transposed": (
+        matrix_of(B_projection=torch.zeros(6, 8)),
+        LAYER + r"B_projection has shape \(6, 8\); expected \(8, 8\)",
+    ),
+    "of other features": (
+        matrix_of(B_projection=torch.zeros(7, 6)),
+        LAYER + r"B_projection has shape \(7, 6\); expected",
+    ),
+    "an odd number of columns": (
+        matrix_of(B_projection=torch.zeros(8, 5), C_projection=torch.zeros(8, 5)),
+        LAYER + r"B_projection has shape \(8, 5\); expected \(8, 4\) with 2 groups and r in 1\.\.8",
+    ),
+    "of different sizes": (
+        matrix_of(C_projection=torch.zeros(8, 4)),
+        LAYER + r"C_projection has shape \(8, 4\); expected \(8, 6\)",
+    ),
+    "only one": (matrix_of(C_projection=None), LAYER + r"C_projection has shape None"),
+    "only the other": (matrix_of(B_projection=None), LAYER + "the plan has neither kept states nor a projection"),
+    "more states than features": (
+        matrix_of(B_projection=torch.zeros(8, 18), C_projection=torch.zeros(8, 18)),
+        LAYER + r"B_projection has shape \(8, 18\); expected .* r in 1\.\.8",
+    ),
+    "no state": (
+        matrix_of(B_projection=torch.zeros(8, 0), C_projection=torch.zeros(8, 0)),
+        LAYER + r"B_projection has shape \(8, 0\)",
+    ),
+    "three dimensions": (matrix_of(C_projection=torch.zeros(8, 2, 3)), LAYER + r"C_projection has shape \(8, 2, 3\)"),
+    "NaN": (matrix_of(C_projection=torch.full((8, 6), math.nan)), LAYER + "C_projection holds NaN or infinity"),
+    "infinite": (matrix_of(B_projection=torch.full((8, 6), math.inf)), LAYER + "B_projection holds NaN or infinity"),
+    "other groups": (last_layer({"groups": 3}), LAYER + "B_projection has shape .* with 2 groups"),
+    "another N": (last_layer({"state_size_before": 16}), LAYER + "the plan is for state_size 16, but the model has 8"),
+    "one layer is selected": (
+        last_layer({"B_projection": None, "C_projection": None, "kept": torch.tensor([[0, 1, 2]] * 2)}),
+        r"layers that share one config must all be projected or none, but the plan has .*: 'projected', .*: 'stock'",
+    ),
+    "a layer is missing": (
+        lambda plan: dataclasses.replace(plan, layers=dict(list(plan.layers.items())[:1])),
+        r"plan and model do not match: the plan lacks layers",
+    ),
+}
+
+
+@pytest.mark.parametrize(("spoil", "message"), BAD_PROJECTIONS.values(), ids=BAD_PROJECTIONS.keys())
+def test_a_projection_that_does_not_fit_is_refused_before_anything_is_touched(spoil, message):
+    model, optimizer = trained(MAMBA2)
+    before, plan = snapshot(model, optimizer), spoil(projection_plan(model, [3, 3]))
+    with pytest.raises(ValueError, match=message):
+        compress_(model, plan, optimizer)
+    assert_untouched(before, model, optimizer)
+
+
+def test_a_projection_of_mamba1_is_refused():
+    model, optimizer = trained(TINY["mamba"])
+    before, plan = snapshot(model, optimizer), projection_plan(model, [3, 3])
+    with pytest.raises(ValueError, match="the plan projects its states, which Mamba-1 mixers do not allow"):
+        compress_(model, plan, optimizer)
+    assert_untouched(before, model, optimizer)
+
+
+class OwnForward(Mamba2Mixer):
+    """A mixer that a projected forward would hide."""
+
+    def forward(self, hidden_states, *args, **kwargs):
+        return super().forward(2 * hidden_states, *args, **kwargs)
+
+
+def test_a_mixer_with_a_forward_of_its_own_is_refused():
+    model, optimizer = trained(MAMBA2)
+    model.backbone.layers[1].mixer.__class__ = OwnForward
+    before = snapshot(model, optimizer)
+    with pytest.raises(TypeError, match=r"OwnForward has no projected form; these have, .*: .*Mamba2Mixer"):
+        compress_(model, projection_plan(model, [3, 3]), optimizer)
+    assert_untouched(before, model, optimizer)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (quantized_parameter, "is a QuantizedTensor"),
+        (integer_parameter, r"of torch\.int8, not a plain floating-point"),
+    ],
+)
+@pytest.mark.parametrize("again", [False, True], ids=["first projection", "second projection"])
+def test_a_quantized_mixer_is_not_projected(spoil, message, again, monkeypatch):
+    """Neither next to quantized weights, nor by multiplying into quantized projections."""
+    model, optimizer = trained(MAMBA2)
+    if again:
+        compress_(model, projection_plan(model, [5, 5]), optimizer)
+    else:
+        module = model.backbone.layers[1].mixer.in_proj
+        monkeypatch.setitem(spoil.__globals__, "last_state_parameter", lambda _: (module, "weight"))
+    spoil(model, optimizer)
+    before = snapshot(model, optimizer)
+    with pytest.raises(TypeError, match=rf"layers\.1\.mixer: .*{message}"):
+        compress_(model, projection_plan(model, [3, 3]), optimizer)
+    assert_untouched(before, model, optimizer)
+
+
+@pytest.mark.parametrize("second", ["projected", "selected"])
+@pytest.mark.parametrize("spoil", [gradient_hook, accumulation_hook])
+def test_hooks_on_a_projection_are_refused(spoil, second):
+    model, optimizer = trained(MAMBA2)
+    compress_(model, projection_plan(model, [5, 5]), optimizer)
+    train(model, optimizer, range(1))
+    spoil(model, optimizer)
+    before = snapshot(model, optimizer)
+    plan = projection_plan(model, [3, 3]) if second == "projected" else selection_plan(model, [0, 2, 4])
+    with pytest.raises(RuntimeError, match=r"layers\.1\.mixer: C_projection.* has gradient hooks"):
+        compress_(model, plan, optimizer)
+    assert_untouched(before, model, optimizer)
+
+
+def test_a_projection_that_is_tied_is_refused():
+    model, optimizer = trained(MAMBA2)
+    compress_(model, projection_plan(model, [5, 5]), optimizer)
+    tied_parameter(model, optimizer)
+    before = snapshot(model, optimizer)
+    with pytest.raises(RuntimeError, match=r"several owners \(.*layers\.1.*, reader\.weight\)"):
+        compress_(model, projection_plan(model, [3, 3]), optimizer)
+    assert_untouched(before, model, optimizer)
+
+
+def test_a_projected_plan_is_not_applied_twice():
+    model = MAMBA2.build()
+    plan = projection_plan(model, [3, 3])
+    compress_(model, plan)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match="the plan is for state_size 8, but the model has 3"):
+        compress_(model, plan)
+    assert_untouched(before, model)
+
+
+def test_what_a_compiled_or_wrapped_model_calls_is_projected():
+    model = lively(MAMBA2.build())
+    once = copy.deepcopy(model)
+    plan = projection_plan(model, [3, 5])
+    compress_(torch.compile(nn.DataParallel(model), backend="eager"), plan)
+    compress_(once, plan)
+    assert type(model) is CompressmMamba2ForCausalLM and MAMBA2.language_model is Mamba2ForCausalLM
+    assert torch.equal(model(tokens()).logits, once(tokens()).logits)
+
+
+@pytest.mark.parametrize("refused", [True, False])
+def test_a_plan_for_all_states_of_some_layers(refused):
+    """Layers that keep all of their states are projected with the others, since they share a config."""
+    model = lively(MAMBA2.build())
+    config = CompreSSMConfig(state_size=[3, 8], realization="projected")
+    plan = plan_compression(model, measure(model, [tokens(8, 24)]), config)
+    if refused:
+        whole = last_layer({"B_projection": None, "C_projection": None, "kept": torch.arange(8).repeat(2, 1)})(plan)
+        with pytest.raises(ValueError, match="must all be projected or none"):
+            compress_(model, whole)
+        return
+    report = compress_(model, plan)
+    assert model.config.state_ranks == [3, 8] and [layer.status for layer in report.layers] == ["cut", "cut"]
+    assert report.layers[1].relative_error == 0
+    # A second cut that this layer has no part in leaves it alone.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    train(model, optimizer, range(1))
+    before = snapshot(model, optimizer)
+    config = CompreSSMConfig(state_size=[2, 8], realization="projected")
+    report = compress_(model, plan_compression(model, measure(model, [tokens(8, 24)]), config), optimizer)
+    assert [layer.status for layer in report.layers] == ["cut", "unchanged"]
+    assert model.config.state_ranks == [2, 8]
+    after = snapshot(model, optimizer)
+    for name, parameter in after["parameters"].items():
+        if not name.startswith("backbone.layers.0.mixer.") or not name.endswith(MATRICES):
+            assert same(parameter, before["parameters"][name])
+    assert len(after["state"]) == len(before["state"]) - 2

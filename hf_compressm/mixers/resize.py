@@ -103,7 +103,7 @@ def update_configs(model: nn.Module) -> None:
         if config is None:
             continue
         sizes = [mixer.state_size for mixer in together]
-        before, after = getattr(config, field, None), max(sizes)
+        before, after = getattr(config, field, None), min(sizes)
         if before != after:
             setattr(config, field, after)
             logger.info(f"{type(config).__name__}.{field}: {before} -> {after}")

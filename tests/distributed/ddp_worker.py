@@ -25,7 +25,7 @@ from training import build_trainer, config, examples, moments, weights
 from transformers import TrainerCallback
 
 import hf_compressm.compressor
-from hf_compressm import CompressionPlan, CompreSSMCallback, Compressor
+from hf_compressm import CompressionPlan, CompreSSMCallback, Compressor, find_mixers
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 STEPS = 7
@@ -40,12 +40,20 @@ def counted_hook(calls, bucket):
 class Loop:
     """A model of the tiny table, wrapped where there are several processes, with what training it needs."""
 
-    def __init__(self, architecture: str = "mamba", *, pragmatic: bool = False, wrap: bool = True, **ddp: Any) -> None:
+    def __init__(
+        self,
+        architecture: str = "mamba",
+        *,
+        pragmatic: bool = False,
+        wrap: bool = True,
+        cut: dict[str, Any] | None = None,
+        **ddp: Any,
+    ) -> None:
         self.model = lively(TINY[architecture].build())
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-3)
         several = WORLD > 1 and wrap
         self.wrapped = DistributedDataParallel(self.model, **ddp) if several else self.model
-        self.options = {"calibration_tokens": 96, "pragmatic": pragmatic}
+        self.options = {"calibration_tokens": 96, "pragmatic": pragmatic} | (cut or {})
         self.losses: list[float] = []
         self.compressor: Compressor | None = None
 
@@ -78,6 +86,8 @@ class Loop:
             "state_size": self.model.config.state_size,
             "history": [(entry["status"], entry["step"], entry["tokens"]) for entry in self.compressor.history],
             "kept": [layer["kept"] for entry in self.compressor.history for layer in entry["layers"]],
+            "sizes": [mixer.state_size for mixer in find_mixers(self.model).values()],
+            "errors": [layer["relative_error"] for entry in self.compressor.history for layer in entry["layers"]],
             **more,
         }
 
@@ -123,21 +133,48 @@ def communication_hook() -> dict:
     return loop.result(calls_per_step=per_step)
 
 
-def taken_back() -> dict:
-    loop = Loop(pragmatic=True).train(last=5)
+def taken_back(**options: Any) -> dict:
+    loop = Loop(**options, pragmatic=True).train(last=5)
     small = loop.model.config.state_size
     loop.compressor.take_back()
     return loop.train(first=6).result(small=small)
 
 
-def loaded_from_before_the_cut() -> dict:
-    loop = Loop().train(last=2)
+def loaded_from_before_the_cut(**options: Any) -> dict:
+    loop = Loop(**options).train(last=2)
     saved = {name: value.clone() for name, value in loop.model.state_dict().items()}
     loop.train(first=3, last=5)
     small = loop.model.config.state_size
     loop.model.load_state_dict(saved)
     loop.compressor.follow_loaded_weights()
     return loop.train(first=6).result(small=small)
+
+
+PROJECTED = {"architecture": "mamba2", "cut": {"realization": "projected"}}
+
+
+def projected() -> dict:
+    return Loop(**PROJECTED).train().result()
+
+
+def projected_by_a_budget() -> dict:
+    return Loop("mamba2", cut={"realization": "projected", "state_bytes": 8 * 128}).train().result()
+
+
+def projected_static_graph() -> dict:
+    return Loop(**PROJECTED, static_graph=True, bucket_cap_mb=0.002).train().result()
+
+
+def projected_accumulation() -> dict:
+    return Loop(**PROJECTED).train(micro_batches=2).result()
+
+
+def projected_taken_back() -> dict:
+    return taken_back(**PROJECTED)
+
+
+def projected_loaded_from_before_the_cut() -> dict:
+    return loaded_from_before_the_cut(**PROJECTED)
 
 
 # Each is run in two processes and in one.
@@ -152,6 +189,12 @@ LOOPS: list[Callable[[], dict]] = [
     communication_hook,
     taken_back,
     loaded_from_before_the_cut,
+    projected,
+    projected_by_a_budget,
+    projected_static_graph,
+    projected_accumulation,
+    projected_taken_back,
+    projected_loaded_from_before_the_cut,
 ]
 
 

@@ -35,7 +35,15 @@ def runs(tmp_path_factory) -> dict[str, dict]:
     return {name: json.loads((output / file).read_text()) for name, file in files.items()}
 
 
-@pytest.mark.parametrize("scenario", [*SCENARIOS, "uninterrupted", "resumed from 2", "resumed from 4"])
+RESUMED = {
+    "resumed from 2": "uninterrupted",
+    "resumed from 4": "uninterrupted",
+    "resumed projected from 2": "uninterrupted projected",
+    "resumed projected from 4": "uninterrupted projected",
+}
+
+
+@pytest.mark.parametrize("scenario", [*SCENARIOS, *RESUMED, *sorted(set(RESUMED.values()))])
 def test_processes_are_bit_identical(runs, scenario):
     """Weights, optimizer moments and what was cut."""
     first, second = runs["0"][scenario], runs["1"][scenario]
@@ -52,11 +60,11 @@ def test_two_processes_equal_one_with_the_doubled_batch(runs, scenario):
     torch.testing.assert_close(two["losses"], one["losses"], rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("scenario", ["resumed from 2", "resumed from 4"])
+@pytest.mark.parametrize("scenario", RESUMED)
 def test_a_resumed_run_equals_the_uninterrupted_one(runs, scenario):
     for process in ("0", "1"):
-        assert runs[process][scenario]["kept"] == runs[process]["uninterrupted"]["kept"]
-        assert runs[process][scenario]["weights"] == runs[process]["uninterrupted"]["weights"]
+        for what in ("kept", "relative_error", "weights", "moments"):
+            assert runs[process][scenario][what] == runs[process][RESUMED[scenario]][what]
 
 
 def test_non_finite_states_of_one_process_skip_the_cut_on_all(runs):

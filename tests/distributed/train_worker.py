@@ -32,6 +32,7 @@ SCENARIOS: dict[str, tuple[str, dict[str, Any]]] = {
     # The processes pad their halves of a batch to different lengths.
     "ragged": ("mamba2", {"data": ragged_examples(96), "data_collator": pad}),
     "compiled": ("mamba", {"torch_compile": True, "torch_compile_backend": "eager"}),
+    "projected": ("mamba2", {"cut": {"realization": "projected"}, "weight_decay": 0.1}),
 }
 
 
@@ -65,7 +66,8 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 def train(directory: Path, architecture: str = "mamba", resume: str | None = None, extra=(), **options: Any) -> dict:
     """One run; what this process saw of it."""
     model = lively(TINY[architecture].build())
-    cutter, wrapped = CompreSSMCallback(config(calibration_tokens=96)), StaysWrapped()
+    cut = {"calibration_tokens": 96} | options.pop("cut", {})
+    cutter, wrapped = CompreSSMCallback(config(**cut)), StaysWrapped()
     per_process = 8 // WORLD // options.get("gradient_accumulation_steps", 1)
     defaults = {"per_device_train_batch_size": per_process, "data": examples(96)}
     if WORLD > 1:
@@ -96,6 +98,11 @@ def main() -> None:
         results["uninterrupted"] = train(saved, save_strategy="steps", save_steps=2)
         for step in (2, 4):
             results[f"resumed from {step}"] = train(saved, resume=str(saved / f"checkpoint-{step}"))
+        saved, cut = output / "saved projected", {"realization": "projected"}
+        results["uninterrupted projected"] = train(saved, "mamba2", cut=cut, save_strategy="steps", save_steps=2)
+        for step in (2, 4):
+            checkpoint = str(saved / f"checkpoint-{step}")
+            results[f"resumed projected from {step}"] = train(saved, "mamba2", checkpoint, cut=cut)
         try:
             check_same_everywhere(f"{RANK:064x}", "the plan", torch.device("cpu"))
         except RuntimeError as error:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, projection_plan, stir
 from torch import nn
 from transformers import FalconMambaConfig, FalconMambaModel, JambaConfig, JambaModel, PreTrainedModel
 from transformers.models.mamba.modeling_mamba import MambaMixer
 from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer
 
-from hf_compressm import find_mixers
+from hf_compressm import compress_, find_mixers
 from hf_compressm.mixers import ARCHITECTURES
 
 
@@ -141,3 +141,54 @@ def test_decay_rates_and_parameter_norms_of_mamba2():
             for state in range(8):
                 row = module.in_proj.weight[first + group * 8 + state]
                 assert norms[group, state].item() == pytest.approx(row.norm().item())
+
+
+class TestMamba2Family:
+    """Stock, and projected to three states."""
+
+    @pytest.fixture(params=["stock", "projected"])
+    def model(self, request, relative):
+        model = stir(relative.build())
+        if request.param == "projected":
+            compress_(model, projection_plan(model, 3))
+        return model
+
+    def test_all_mixers_are_found_in_both_classes_of_model(self, relative, model):
+        mixers = find_mixers(model)
+        blocks = relative.config().layer_types
+        assert len(mixers) == sum(block in ("mamba", "mamba2", "linear_attention", "hybrid") for block in blocks) > 0
+        base = f"{model.base_model_prefix}."
+        assert [f"{base}{name}" for name in find_mixers(model.base_model)] == list(mixers)
+
+    def test_the_table_names_the_config_fields(self, relative, model):
+        for mixer in find_mixers(model).values():
+            assert mixer.config is model.config and mixer.can_be_projected and mixer.groups == 2
+            assert mixer.architecture.model_type == relative.config_class.model_type
+            assert getattr(model.config, mixer.architecture.state_size_field) == mixer.state_size
+            assert mixer.state_size == (3 if mixer.is_projected else 8)
+
+    def test_axes_have_the_length_they_say(self, model):
+        for mixer in find_mixers(model).values():
+            axes = mixer.layout.state_axes(mixer.module)
+            assert axes and all(axis.tensor.shape[axis.dim] == axis.length(mixer.state_size) for axis in axes)
+            assert mixer.layout.readout_axis(mixer.module) is None
+
+    def test_decay_rates(self, model):
+        for mixer in find_mixers(model).values():
+            rates = mixer.layout.decay_rates(mixer.module)
+            assert rates.shape == (2, 16, 1)
+            for channel, rate in enumerate(rates.flatten().tolist()):
+                assert rate == pytest.approx(-mixer.module.A_log[channel // 8].exp().item())
+
+    def test_parameter_norms_are_those_of_the_rows_that_make_a_state(self, model):
+        for mixer in find_mixers(model).values():
+            weight = mixer.module.in_proj.weight.detach()
+            for kind, norms in enumerate(mixer.layout.parameter_norms(mixer.module)):
+                assert norms.shape == (2, mixer.state_size)
+                for group in range(2):
+                    first = 2 * 32 + (2 * kind + group) * 8
+                    rows = weight[first : first + 8]
+                    if mixer.is_projected:
+                        matrix = (mixer.module.B_projection, mixer.module.C_projection)[kind].detach()
+                        rows = matrix[:, 3 * group : 3 * group + 3].T @ rows
+                    torch.testing.assert_close(norms[group], rows.norm(dim=1))

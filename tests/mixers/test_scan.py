@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TINY, lively
+from conftest import TINY, lively, projection_plan, stir
 from naive import run_mixer
 from torch import nn
 
-from hf_compressm.mixers import ScanInputs, StateAxis, find_mixers, stream_states
+from hf_compressm import compress_
+from hf_compressm.mixers import Mixer, ScanInputs, StateAxis, find_mixers, stream_states
 
 BATCH, LENGTH = 3, 10
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 10, [0] + [1] * 9])
 MASKS = {"none": None, "left": LEFT, "right": LEFT.flip(1)}
+# States that the mixers of the Mamba-2 family are projected to.
+RANKS = {"stock": None, "projected": 3}
 OPTIONS = {"plain": {}, "biases": {"use_bias": True}, "no conv bias": {"use_conv_bias": False}}
 
 
@@ -20,6 +23,15 @@ def mixer_and_input(tiny, **options) -> tuple[nn.Module, torch.Tensor]:
     model = lively(tiny.build(**options))
     hidden_states = torch.randn(BATCH, LENGTH, 16, generator=torch.Generator().manual_seed(3))
     return next(iter(find_mixers(model).values())), hidden_states
+
+
+def relative_and_input(relative, rank: int | None) -> tuple[Mixer, torch.Tensor]:
+    """The last mixer of one of the Mamba-2 family, projected to some states or stock."""
+    model = stir(relative.build())
+    if rank is not None:
+        compress_(model, projection_plan(model, rank))
+    hidden_states = torch.randn(BATCH, LENGTH, 16, generator=torch.Generator().manual_seed(3))
+    return list(find_mixers(model).values())[-1], hidden_states
 
 
 @torch.no_grad()
@@ -81,9 +93,32 @@ def test_scan_inputs_rebuild_the_mixers_output(tiny, options, mask):
     torch.testing.assert_close(rebuilt, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("rank", RANKS.values(), ids=RANKS.keys())
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
+def test_scan_inputs_rebuild_the_output_of_the_mamba2_family(relative, mask, rank):
+    mixer, hidden_states = relative_and_input(relative, rank)
+    module, inputs = mixer.module, scan_inputs(mixer, hidden_states, mask)
+    assert inputs.B.shape == inputs.C.shape == (BATCH, LENGTH, 2, rank or 8)
+    with torch.no_grad():
+        y = (all_states(inputs) @ inputs.C[..., None]).squeeze(-1) + inputs.D * inputs.x
+        y, gate = y.flatten(2), inputs.gate.flatten(2)
+        # Without a gate of its own, the norm only norms.
+        passed_on = module.norm(y) * gate if inputs.norm_before_gate else module.norm(y * gate)
+        rebuilt, expected = module.out_proj(passed_on), module.eval()(hidden_states, attention_mask=mask)
+    torch.testing.assert_close(rebuilt, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS.keys())
 def test_scan_inputs_states_and_weights_equal_the_naive_loop(tiny, mask):
-    mixer, hidden_states = mixer_and_input(tiny, use_bias=True)
+    assert_equal_to_the_naive_loop(*mixer_and_input(tiny, use_bias=True), mask)
+
+
+@pytest.mark.parametrize("rank", RANKS.values(), ids=RANKS.keys())
+def test_states_and_weights_of_the_mamba2_family_equal_the_naive_loop(relative, rank):
+    assert_equal_to_the_naive_loop(*relative_and_input(relative, rank), LEFT)
+
+
+def assert_equal_to_the_naive_loop(mixer: Mixer, hidden_states: torch.Tensor, mask: torch.Tensor | None) -> None:
     inputs, naive = scan_inputs(mixer, hidden_states, mask), run_mixer(mixer.module, hidden_states, mask)
     states = all_states(inputs)
     y = (states @ inputs.C[..., None]).squeeze(-1)
@@ -104,6 +139,15 @@ def test_scan_inputs_states_and_weights_equal_the_naive_loop(tiny, mask):
 def test_naive_loop_equals_the_mixer(tiny):
     """The oracle itself, against Transformers."""
     mixer, hidden_states = mixer_and_input(tiny, use_bias=True)
+    with torch.no_grad():
+        expected = mixer.module.eval()(hidden_states, attention_mask=LEFT)
+    oracle = torch.from_numpy(run_mixer(mixer.module, hidden_states, LEFT).output).float()
+    torch.testing.assert_close(oracle, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", RANKS.values(), ids=RANKS.keys())
+def test_naive_loop_equals_the_mixers_of_the_mamba2_family(relative, rank):
+    mixer, hidden_states = relative_and_input(relative, rank)
     with torch.no_grad():
         expected = mixer.module.eval()(hidden_states, attention_mask=LEFT)
     oracle = torch.from_numpy(run_mixer(mixer.module, hidden_states, LEFT).output).float()
