@@ -354,7 +354,7 @@ class TestSaving:
         config = AutoConfig.from_pretrained(tmp_path)
         assert type(config) is type(model.config) and type(config) in CONFIG_CLASSES
         assert config.model_type == f"compressm_{relative.config_class.model_type}"
-        assert config.feature_size == 8 and getattr(config, config.state_size_field) == 4
+        assert config.feature_size == 8 and getattr(config, config.state_size_field) == min(ranks)
         assert config.state_ranks == (sizes if different and len(sizes) > 1 else None)
 
         base = AutoModel.from_pretrained(tmp_path)
@@ -569,7 +569,7 @@ class TestBadInput:
         [
             ({"state_size": 3}, "B_projection"),
             ({"state_size": 5}, "B_projection"),
-            ({"state_ranks": [4, 3]}, r"layers\.1\.mixer\.B_projection"),
+            ({"state_ranks": [4, 3], "state_size": 3}, r"layers\.1\.mixer\.B_projection"),
             ({"feature_size": 9}, "in_proj"),
         ],
     )
@@ -589,9 +589,10 @@ class TestBadInput:
             ({"state_size": 0}, r"state_size is 0; with feature_size 8 it must be one of 1\.\.8"),
             ({"state_ranks": [4]}, r"state_ranks has 1 numbers, \[4\], but the model has 2 mixers"),
             ({"state_ranks": [4, 4, 4]}, r"state_ranks has 3 numbers, \[4, 4, 4\], but the model has 2 mixers"),
-            ({"state_ranks": [3, 3]}, r"state_ranks is \[3, 3\]; .*largest equal to state_size, which is 4"),
-            ({"state_ranks": [4, 5]}, r"state_ranks is \[4, 5\]; .*largest equal to state_size, which is 4"),
-            ({"state_ranks": [4, 0]}, r"state_ranks is \[4, 0\]; each must be at least 1"),
+            ({"state_ranks": [3, 4]}, r"state_ranks is \[3, 4\]; .*smallest equal to state_size, which is 4"),
+            ({"state_ranks": [5, 6]}, r"state_ranks is \[5, 6\]; .*smallest equal to state_size, which is 4"),
+            ({"state_ranks": [4, 9]}, r"state_ranks is \[4, 9\]; each must be one of 1\.\.8"),
+            ({"state_ranks": [4, 0]}, r"state_ranks is \[4, 0\]; each must be one of 1\.\.8"),
             ({"state_ranks": []}, r"state_ranks is \[\]"),
         ],
     )
@@ -643,7 +644,9 @@ class TestFromScratch:
     def test_the_matrices_start_orthonormal(self, relative, different):
         ranks = different_sizes(relative) if different else None
         torch.manual_seed(0)
-        model = projected_class(relative.language_model)(scratch_config(relative, state_ranks=ranks))
+        field = projected_class(relative.config_class).state_size_field
+        sizes = {"state_ranks": ranks, field: min(ranks)} if different else {}
+        model = projected_class(relative.language_model)(scratch_config(relative, **sizes))
         mixers = find_mixers(model)
         assert [mixer.state_size for mixer in mixers.values()] == (ranks or [4] * len(mixers))
         for mixer in mixers.values():

@@ -80,3 +80,18 @@ def test_the_table_has_a_line_for_each_layer():
 def test_the_table_ends_with_what_was_measured():
     text = str(report(seconds={"plan": 0.25, "apply": 1}, loss_before=1.0, loss_after=1.25, kl_divergence=0.0125))
     assert text.endswith("1.25 s; loss 1.0000 → 1.2500, KL 1.25e-02")
+
+
+def test_the_table_says_what_either_realization_would_cost():
+    whole = report()
+    for number, item in enumerate(whole.layers):
+        item.expected_errors = {"stock": 0.25 + number / 8, "projected": 0.0625 - number / 32}
+    both = "largest expected relative error at this size: 0.3750 by selection (realization stock), 0.0625 projected"
+    assert str(whole).splitlines()[-2] == f"{both} (in the mean field)"
+    for item in whole.layers:
+        item.realization, item.kept = "projected", None
+    assert str(whole).splitlines()[-2] == both
+    # Where there is no choice, there is nothing to say.
+    for item in whole.layers:
+        item.expected_errors = {"stock": 0.25}
+    assert "expected" not in str(whole)

@@ -155,7 +155,7 @@ def test_every_criterion_and_the_proposed_way_are_compared(quality, tiny_run):
     assert [(cell["layout"], cell["task"]) for cell in cells] == list(CELLS)
     for cell in cells:
         names = {row["arm"] for row in cell["arms"]}
-        proposed = {"refit"} if cell["layout"] == "mamba" else {"projected", "balanced"}
+        proposed = {"refit"} if cell["layout"] == "mamba" else {"projected", "shared out", "balanced"}
         assert names == proposed | {"elimination"} | set(CRITERIA) - {"refit"}
         small = ["stock", "projected"] if cell["layout"] == "mamba2" else []
         assert [(born["arm"], born["kept"]) for born in cell["born_small"]] == [(arm, 2) for arm in small]
