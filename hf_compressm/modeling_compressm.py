@@ -283,8 +283,13 @@ def projected_class(stock: type) -> type:
         else:
             base = next((base for base in stock.__mro__ if base in PROJECTED_CLASSES), None)
             if base is None or getattr(stock, "forward", None) is not getattr(base, "forward", None):
-                names = ", ".join(cls.__name__ for cls in PROJECTED_CLASSES if issubclass(cls, nn.Module))
-                raise TypeError(f"{stock.__name__} has no projected form; these have, with their own forward: {names}")
+                mixers = [cls for cls, projected in PROJECTED_CLASSES.items() if issubclass(projected, ProjectedMixer)]
+                names = ", ".join(cls.__name__ for cls in mixers)
+                raise TypeError(
+                    f"{stock.__name__} has no projected form; these mixers have, with their own forward: {names}. A "
+                    "model that was loaded with its checkpoint's own code must be loaded anew, after `import "
+                    "hf_compressm`"
+                )
             parent = PROJECTED_CLASSES[base].__bases__[0]
             if issubclass(stock, PreTrainedConfig):
                 content["model_type"] = f"compressm_{stock.model_type}"

@@ -287,7 +287,9 @@ def plan_compression(
     }
     sizes: dict[str, int] = {}
     projected: set[str] = set()
-    for names in layers_by_config(mixers):
+    # A budget is shared by all layers; other rules ask for the layers that must, or may, be alike.
+    together = [list(mixers)] if config.state_bytes is not None else layers_by_config(mixers)
+    for names in together:
         chosen, is_projected = _choose(names, mixers, statistics, ranked, projected_curves, config)
         sizes |= chosen
         projected |= set(names) if is_projected else set()
@@ -340,7 +342,7 @@ def _choose(
     projected_curves: dict[str, torch.Tensor],
     config: CompreSSMConfig,
 ) -> tuple[dict[str, int], bool]:
-    """The new sizes of the layers that share a config, and whether they are projected."""
+    """The new sizes of layers that are decided on together, and whether they are projected."""
     refused = [mixers[name] for name in names if not mixers[name].can_be_projected]
     if must_project(config):
         refuse_projection(refused)

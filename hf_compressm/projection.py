@@ -75,14 +75,15 @@ def measured_error_curve(mixer: Mixer, statistics: StateStatistics, *, across_pr
     """The relative error of balanced truncation on the recorded inputs with r = 0 … N states, shape (N + 1,).
 
     It is measured up to the number of balanced coordinates that a fit looks at; from there on the mean field's curve
-    goes on, never above what was measured last.
+    goes on, scaled so that it meets what was measured last.
     """
     balanced = balance(statistics.state_gram, statistics.readout_gram)
     coordinates = min(statistics.state_size, COORDINATES_OF_A_CURVE)
     W, V = balanced.W[..., :coordinates], balanced.V[..., :coordinates]
-    cross, energy = torch.zeros(coordinates), torch.zeros(())
-    contributions = torch.zeros(coordinates, coordinates)
-    cross, energy, contributions = (item.to(statistics.state_gram.device) for item in (cross, energy, contributions))
+    # Of a small error little is left after the subtraction, so the sums over chunks are taken in float64.
+    sums = {"dtype": torch.float64, "device": statistics.state_gram.device}
+    cross, contributions = torch.zeros(coordinates, **sums), torch.zeros(coordinates, coordinates, **sums)
+    energy = torch.zeros((), **sums)
     for h, c, y, weight in _stream_coordinates(mixer, statistics, W, V):
         root = weight.sqrt()[..., None]
         parts = (h * c[..., None, :] * root).flatten(0, -2)
@@ -107,8 +108,9 @@ def _error_curve(
     if len(measured) == statistics.state_size + 1:
         measured[-1] = 0
         return measured
-    expected = mean_field_error_curve(statistics)[len(measured) :]
-    return torch.cat([measured, expected.clamp(max=float(measured[-1]))])
+    expected = mean_field_error_curve(statistics)
+    at_the_last = expected[len(measured) - 1].clamp_min(torch.finfo(expected.dtype).tiny)
+    return torch.cat([measured, expected[len(measured) :] / at_the_last * measured[-1]])
 
 
 def measured_hankel_values(statistics: StateStatistics) -> torch.Tensor:
@@ -144,14 +146,14 @@ def fit_projection(
     W, V = W[..., :coordinates], V[..., :coordinates]
     tokens = _token_sums(mixer, statistics, W, V)
     curve = _error_curve(
-        total((tokens.c * tokens.p).sum((0, 1))),
+        total((tokens.c * tokens.p).sum((0, 1), dtype=torch.float64)),
         total(torch.einsum("tgi,tgij,tgj->ij", tokens.c, tokens.gram, tokens.c)),
-        total(tokens.energy.sum()),
+        total(tokens.energy.sum(dtype=torch.float64)),
         statistics,
     )
     if curve[rank] > LARGEST_ERROR_TO_FIT:
         rounds = 0
-    energy, error, columns = total(tokens.energy.sum()), 0.0, []
+    energy, error, columns = total(tokens.energy.sum(dtype=torch.float64)), 0.0, []
     for group in range(groups):
         part = tokens.of_group(group)
         left = right = torch.eye(coordinates, rank, dtype=torch.float64)
@@ -216,7 +218,7 @@ class _TokenSums:
     def error(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """E of one group with W = W_k · left and V = V_k · right, both of shape (k, r)."""
         v = (self.c.double() @ (right @ left.T).to(self.c.device)).float()
-        return (self.energy + ((self.times_gram(v) - 2 * self.p) * v).sum(-1)).sum()
+        return (self.energy + ((self.times_gram(v) - 2 * self.p) * v).sum(-1)).sum(dtype=torch.float64)
 
     def times_gram(self, v: torch.Tensor) -> torch.Tensor:
         return (self.gram @ v[..., None]).squeeze(-1)

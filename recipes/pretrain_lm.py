@@ -6,6 +6,7 @@ standard library, byte by byte, on a CPU, in minutes and without a download. One
 
     python recipes/pretrain_lm.py
     python recipes/pretrain_lm.py --train_files 'books/**/*.txt' --tokenizer bpe --architecture mamba2
+    python recipes/pretrain_lm.py --architecture mamba2 --realization projected
 
 Two processes on a CPU:
 
@@ -108,6 +109,9 @@ class CutArguments:
         metadata={"help": "Fractions of training (0.2) or steps (100). Default: a fifth, but after warm-up."},
     )
     criterion: str = field(default="auto", metadata={"help": "How states are ranked: see hf_compressm.criteria."})
+    realization: Literal["stock", "projected", "auto"] = field(
+        default="stock", metadata={"help": "What the smaller model is; projected is for mamba2, and nearly lossless."}
+    )
     cut_options: str = field(
         default="{}", metadata={"help": "More fields of CompreSSMConfig, as JSON: '{\"multiple_of\": 8}'."}
     )
@@ -122,11 +126,11 @@ class CutArguments:
             raise ValueError(f"--cut_options is not JSON ({error}): {self.cut_options}") from error
         if self.tolerance is not None:
             options["tolerance"] = self.tolerance
-        elif self.target_state_size is not None or "hankel_tolerance" not in options:
+        elif self.target_state_size is not None or not {"hankel_tolerance", "state_bytes"} & set(options):
             options["state_size"] = count_or_fraction(16 if self.target_state_size is None else self.target_state_size)
         if self.cut_at is not None:
             options["schedule"] = [count_or_fraction(moment) for moment in self.cut_at]
-        return CompreSSMConfig(criterion=self.criterion, **options)
+        return CompreSSMConfig(**{"criterion": self.criterion, "realization": self.realization} | options)
 
 
 @dataclass
