@@ -65,7 +65,7 @@ class Work:
     layers: int = 2
     groups: int = 1
     batch_tokens: tuple[tuple[str, int], ...] = (("mamba", 256), ("mamba2", 512))
-    steps: tuple[tuple[str, int], ...] = (("mamba", 2000), ("mamba2", 1300))
+    steps: tuple[tuple[str, int], ...] = (("mamba", 2000), ("mamba2", 2000))
     learning_rate: float = 4e-3
     calibration_tokens: int = 16384
     recovery_steps: int = 40
