@@ -47,10 +47,9 @@ def resize_while_loading(model: nn.Module, on_resize: OnResize | None = None) ->
         on_resize: called for each mixer that was resized, with the parameters that were replaced, added and removed.
     """
     stop_resizing_while_loading(model)
-    # The hook lies on the mixer, and must not keep a model alive that nobody uses any more.
-    owner = weakref.ref(model)
-    for mixer in find_mixers(model).values():
-        hook = functools.partial(_resize_to_incoming, owner, mixer, on_resize, set())
+    for name, mixer in find_mixers(model).items():
+        # By name, not by what was found: a copy of the model then has hooks that look at the copy.
+        hook = functools.partial(_resize_to_incoming, model, name, on_resize, set())
         _LOAD_HOOKS[mixer.module] = mixer.module.register_load_state_dict_pre_hook(hook)
 
 
@@ -63,8 +62,8 @@ def stop_resizing_while_loading(model: nn.Module) -> None:
 
 
 def _resize_to_incoming(
-    owner: weakref.ref[nn.Module],
-    mixer: Mixer,
+    model: nn.Module,
+    name: str,
     on_resize: OnResize | None,
     seen: set[str],
     module: nn.Module,
@@ -72,6 +71,7 @@ def _resize_to_incoming(
     prefix: str,
     *_: Any,
 ) -> None:
+    mixer = find_mixers(model)[name]
     # A checkpoint of several files comes in parts, in any order: a projected mixer is only taken for a stock one when
     # all of a stock mixer's parameters came without a projection.
     names = {name for name, _ in module.named_parameters()}.difference(PROJECTIONS)
@@ -98,7 +98,7 @@ def _resize_to_incoming(
     if not fits or (size == mixer.state_size and (features is not None) == mixer.is_projected):
         return
     pairs = resize_mixer(mixer, size, features)
-    update_configs(owner())
+    update_configs(model)
     if on_resize is not None:
         on_resize(mixer, pairs)
 

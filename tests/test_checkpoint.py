@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -134,6 +135,16 @@ def test_without_the_hooks_another_size_is_an_error_again(tiny):
     assert hooks() == before
     with pytest.raises(RuntimeError, match="size mismatch"):
         full.load_state_dict(small.state_dict())
+
+
+def test_a_copy_of_a_model_resizes_itself(tiny):
+    small, full = small_and_full(tiny)
+    resize_while_loading(full)
+    twin = copy.deepcopy(full)
+    twin.load_state_dict(small.state_dict())
+    assert_same_weights(weights(twin), weights(small))
+    assert (twin.config.state_size, full.config.state_size) == (3, 8)
+    assert {mixer.state_size for mixer in find_mixers(full).values()} == {8}
 
 
 def test_resize_mixer_round_trip(tiny):
