@@ -916,7 +916,7 @@ def test_a_mixer_with_a_forward_of_its_own_is_refused():
     model, optimizer = trained(MAMBA2)
     model.backbone.layers[1].mixer.__class__ = OwnForward
     before = snapshot(model, optimizer)
-    with pytest.raises(TypeError, match=r"OwnForward has no projected form; these have, .*: .*Mamba2Mixer"):
+    with pytest.raises(TypeError, match=r"OwnForward has no projected form; these mixers have, .*: .*Mamba2Mixer"):
         compress_(model, projection_plan(model, [3, 3]), optimizer)
     assert_untouched(before, model, optimizer)
 
