@@ -1,14 +1,13 @@
 """hf_compressm: shrink the state dimension of Hugging Face Mamba models, physically, in the middle of training."""
 
 from . import auto_classes
-from .callback import CompreSSMCallback
+from .callback import CompreSSMCallback, exempt_from_weight_decay
 from .checkpoint import read_record, resize_while_loading, write_record
 from .compressor import Compressor
 from .config import CompreSSMConfig
 from .mixers import find_mixers
 from .modeling_compressm import projected_class
 from .oneshot import compress
-from .optimizer import exempt_from_weight_decay
 from .plan import CompressionPlan, plan_compression
 from .report import CompressionReport
 from .statistics import NonFiniteError, StateStatistics, measure

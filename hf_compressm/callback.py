@@ -18,7 +18,7 @@ from .compressor import Compressor
 from .config import CompreSSMConfig
 from .distributed.collectives import is_distributed
 from .distributed.ddp import sharding_message, unwrap
-from .optimizer import exempt_from_weight_decay
+from .modeling_compressm import PROJECTIONS
 from .report import CompressionReport
 
 logger = logging.get_logger(__name__)
@@ -288,6 +288,22 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             self.compressor.keep()
             logger.info(f"the cut at step {self.history[-1]['step']} stays: {verdict}")
         self._log({"compressm/state_size": self.compressor.state_size}, state)
+
+
+def exempt_from_weight_decay(trainer: Trainer) -> None:
+    """Let a Trainer's optimizer decay no projection (`B_projection`, `C_projection`), as it decays no bias or norm.
+
+    The callback does this by itself. Call it before training where a projected model is trained without the callback.
+
+    Args:
+        trainer: a Trainer whose optimizer is not built yet.
+    """
+    usual = trainer.get_decay_parameter_names
+
+    def names_that_decay(model: torch.nn.Module) -> list[str]:
+        return [name for name in usual(model) if not name.endswith(PROJECTIONS)]
+
+    trainer.get_decay_parameter_names = names_that_decay
 
 
 def find_trainer(callback: TrainerCallback) -> Trainer | None:

@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from .mixers import Mixer, find_mixers, mamba2
 from .mixers.resize import ParameterPairs, resize_mixer, update_configs
+from .modeling_compressm import PROJECTIONS
 
 logger = logging.get_logger(__name__)
 
@@ -26,7 +27,6 @@ RECORD_FILE = "compressm.json"
 INPUTS_FILE = "compressm_inputs_{rank}.safetensors"
 RECORD_VERSION = 1
 
-PROJECTIONS = {"B_projection", "C_projection"}
 # Called with the mixer and the parameters that a resize replaced, added and removed.
 OnResize = Callable[[Mixer, ParameterPairs], None]
 
@@ -78,11 +78,11 @@ def _resize_to_incoming(
     incoming = {name.removeprefix(prefix) for name in state_dict if name.startswith(prefix)}
     seen |= incoming
     whole = names <= seen
-    without_projection = names <= incoming or (whole and not seen & PROJECTIONS)
+    without_projection = names <= incoming or (whole and not seen.intersection(PROJECTIONS))
     if whole:
         seen.clear()
 
-    projection = next((state_dict[f"{prefix}{name}"] for name in sorted(PROJECTIONS & incoming)), None)
+    projection = next((state_dict[f"{prefix}{name}"] for name in PROJECTIONS if name in incoming), None)
     if projection is not None and projection.dim() == 2 and mixer.can_be_projected:
         features = projection.shape[0]
         size = projection.shape[1] // mixer.groups

@@ -32,7 +32,6 @@ from .mixers.resize import ParameterPairs, resize_mixer, update_configs
 from .optimizer import add_parameters, remove_parameter, replace_parameter, sliced_state, unwrap_optimizer
 from .plan import (
     CompressionPlan,
-    bytes_per_state,
     check_list_of_sizes,
     must_project,
     plan_compression,
@@ -315,7 +314,7 @@ class Compressor:
         if config.state_bytes is not None:
             # What the states are worth plays no part in whether they fit.
             worth = {name: torch.zeros(mixer.state_size + 1) for name, mixer in mixers.items()}
-            costs = {name: bytes_per_state(mixer) for name, mixer in mixers.items()}
+            costs = {name: mixer.bytes_per_state for name, mixer in mixers.items()}
             states_for_budget(worth, costs, config.state_bytes, config.multiple_of)
 
     def _target(self) -> int:
@@ -327,7 +326,7 @@ class Compressor:
             return False
         mixers = find_mixers(self.model).values()
         if self.config.state_bytes is not None:
-            return sum(mixer.state_size * bytes_per_state(mixer) for mixer in mixers) <= self.config.state_bytes
+            return sum(mixer.state_size * mixer.bytes_per_state for mixer in mixers) <= self.config.state_bytes
         if isinstance(self.config.state_size, list):
             return [mixer.state_size for mixer in mixers] == self.config.state_size
         return self.config.state_size is not None and self.state_size <= self._target()

@@ -49,6 +49,9 @@ from transformers.models.mamba2 import modeling_mamba2
 from transformers.models.nemotron_h import modeling_nemotron_h
 from transformers.models.zamba2 import modeling_zamba2
 
+# The names of the two parameters that a projected mixer has on top of a stock one.
+PROJECTIONS = ("B_projection", "C_projection")
+
 
 class ProjectedMixer:
     """What a projected mixer has on top of the stock mixer that it is derived from.

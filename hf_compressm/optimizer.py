@@ -14,7 +14,6 @@ import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import Optimizer
-from transformers import Trainer
 
 # State entries with one number per parameter entry (or, in Adafactor's factors, per row and per column).
 # Key → the optimizers that use it. An optimizer whose keys are not here is refused: add its keys if its state is
@@ -37,7 +36,6 @@ SLICED_STATE = {
 }
 # Entries that hold one number for the whole parameter.
 WHOLE_STATE = {"step", "mu_product", "RMS"}
-PROJECTIONS = (".B_projection", ".C_projection")
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -190,19 +188,3 @@ def remove_parameter(optimizer: Optimizer, old: nn.Parameter) -> None:
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if parameter is not old]
     optimizer.state.pop(old, None)
-
-
-def exempt_from_weight_decay(trainer: Trainer) -> None:
-    """Let a Trainer's optimizer decay no projection (`B_projection`, `C_projection`), as it decays no bias or norm.
-
-    The callback does this by itself. Call it before training where a projected model is trained without the callback.
-
-    Args:
-        trainer: a Trainer whose optimizer is not built yet.
-    """
-    usual = trainer.get_decay_parameter_names
-
-    def names_that_decay(model: nn.Module) -> list[str]:
-        return [name for name in usual(model) if not name.endswith(PROJECTIONS)]
-
-    trainer.get_decay_parameter_names = names_that_decay

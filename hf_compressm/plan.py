@@ -20,6 +20,7 @@ from .criteria import CRITERIA, hankel_singular_values
 from .distributed.ddp import unwrap
 from .elimination import eliminate
 from .mixers import Mixer, find_mixers, layers_by_config
+from .modeling_compressm import PROJECTIONS
 from .projection import fit_projection, mean_field_error_curve, measured_error_curve, measured_hankel_values
 from .ranks import choose_state_sizes
 from .refit import fewest_tokens, refit_readout
@@ -31,7 +32,7 @@ FORMAT_VERSION = 1
 # `auto` keeps a stock model where no layer's output is expected to change by more than this.
 NEARLY_LOSSLESS = 0.05
 # The tensors of a LayerPlan that lie in the safetensors file.
-MATRICES = ("readout", "B_projection", "C_projection")
+MATRICES = ("readout", *PROJECTIONS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,7 +358,7 @@ def _choose(
             {name: measured_hankel_values(statistics[name]) for name in names} if config.hankel_tolerance else {},
             together=False,
             numbers=numbers,
-            bytes_per_state={name: bytes_per_state(mixers[name]) for name in names},
+            bytes_per_state={name: mixers[name].bytes_per_state for name in names},
         )
         shrinks = any(sizes[name] < mixers[name].state_size for name in names)
         if not shrinks:
@@ -392,11 +393,6 @@ def refuse_projection(mixers: list[Mixer]) -> None:
             "dynamics, and all channels share B and C. Use realization='stock' with one state_size: selection with "
             "the refit of C loses little there"
         )
-
-
-def bytes_per_state(mixer: Mixer) -> int:
-    """What one state more takes in the recurrent cache of one sequence: one number per channel."""
-    return mixer.module.intermediate_size * mixer.module.out_proj.weight.element_size()
 
 
 @dataclass(frozen=True)
@@ -486,7 +482,7 @@ def _plan_projection(
         error_curve=[round(value, 8) for value in result.error_curve.tolist()],
         B_projection=result.B_projection,
         C_projection=result.C_projection,
-        hankel_values=measured_hankel_values(statistics).tolist(),
+        hankel_values=result.hankel_values.tolist(),
         groups=mixer.groups,
     )
 

@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import torch
 from transformers.utils import logging
 
-from .distributed.collectives import sum_over_processes
+from .distributed.collectives import summation
 from .hankel import Balanced, balance
+from .least_squares import conjugate_gradients, with_ridge
 from .mixers import Mixer, stream_states
 from .statistics import StateStatistics
 
@@ -50,6 +51,7 @@ class Projection:
         relative_error: √(E / Σ w y²) on the calibration tokens.
         method: `balanced` or `alternating least squares`; `none` where all states stay, and W and V are the identity.
         error_curve: the relative error of balanced truncation alone with r = 0 … N states, as `measured_error_curve`.
+        hankel_values: as `measured_hankel_values`.
     """
 
     B_projection: torch.Tensor
@@ -57,6 +59,7 @@ class Projection:
     relative_error: float
     method: str
     error_curve: torch.Tensor
+    hankel_values: torch.Tensor
 
 
 def mean_field_error_curve(statistics: StateStatistics) -> torch.Tensor:
@@ -90,7 +93,7 @@ def measured_error_curve(mixer: Mixer, statistics: StateStatistics, *, across_pr
         cross += parts.T @ (y[..., None] * root).flatten()
         contributions += parts.T @ parts
         energy += (weight * y.square()).sum()
-    total = sum_over_processes if across_processes else _unchanged
+    total = summation(across_processes)
     return _error_curve(total(cross), total(contributions), total(energy), statistics)
 
 
@@ -131,16 +134,15 @@ def fit_projection(
         rounds: how often W and V take turns; 0 keeps the balanced truncation, as does an error of it that is too large
             to be mended.
         across_processes: fit on the inputs of all processes; all of them must call this.
-
     """
-    total: Callable[[torch.Tensor], torch.Tensor] = sum_over_processes if across_processes else _unchanged
+    total = summation(across_processes)
     size, groups = statistics.state_size, statistics.groups
+    balanced = balance(statistics.state_gram, statistics.readout_gram)
     if rank == size:
         # Exact, also in directions that these inputs did not reach.
         unit = torch.eye(size).repeat(1, groups)
         curve = measured_error_curve(mixer, statistics, across_processes=across_processes)
-        return Projection(unit, unit.clone(), 0.0, "none", curve)
-    balanced = balance(statistics.state_gram, statistics.readout_gram)
+        return Projection(unit, unit.clone(), 0.0, "none", curve, balanced.singular_values)
     W, V = _fill_up(mixer.name, balanced, rank)
     coordinates = min(size, max(FEWEST_COORDINATES, 4 * rank))
     W, V = W[..., :coordinates], V[..., :coordinates]
@@ -174,6 +176,7 @@ def fit_projection(
         relative_error=float(relative),
         method="alternating least squares" if rounds > 0 else "balanced",
         error_curve=curve,
+        hankel_values=balanced.singular_values,
     )
 
 
@@ -284,30 +287,13 @@ def _solve(
     count = total(torch.tensor(float(len(c)), dtype=torch.float64, device=c.device))
     small = small / count
     scale = PENALTY * rows * small.diagonal()
-    inverse = torch.linalg.inv(
-        small + PRECONDITIONER_RIDGE * small.diagonal().mean() * torch.eye(len(small), dtype=c.dtype, device=c.device)
-    )
+    inverse = torch.linalg.inv(with_ridge(small, PRECONDITIONER_RIDGE))
     row_scale = rows + PRECONDITIONER_RIDGE * rows.mean()
 
     def operator(X: torch.Tensor) -> torch.Tensor:
         return total(apply(X)) + scale * X
 
-    solution = start
     residual = total(rhs) + scale * start - operator(start)
-    preconditioned = residual @ inverse / row_scale
-    direction, rho = preconditioned, (residual * preconditioned).sum()
-    for _ in range(STEPS_PER_ROUND):
-        product = operator(direction)
-        curvature = (direction * product).sum()
-        if not curvature > 0:
-            break
-        solution = solution + rho / curvature * direction
-        residual = residual - rho / curvature * product
-        preconditioned = residual @ inverse / row_scale
-        rho, old = (residual * preconditioned).sum(), rho
-        direction = preconditioned + rho / old * direction
-    return solution.cpu()
-
-
-def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+    return conjugate_gradients(
+        operator, residual, start, lambda residual: residual @ inverse / row_scale, STEPS_PER_ROUND
+    ).cpu()

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .distributed.collectives import sum_over_processes
+from .distributed.collectives import summation
+from .least_squares import conjugate_gradients, with_ridge
 from .mixers import Mixer, stream_states
 from .statistics import StateStatistics
 
@@ -54,7 +55,7 @@ def mean_field_readout(state_gram: torch.Tensor, kept: torch.Tensor) -> torch.Te
     H, kept = state_gram.double().cpu(), kept.cpu()
     removed = torch.ones(len(H), dtype=torch.bool)
     removed[kept] = False
-    H_SS = _with_ridge(H[kept][:, kept], MEAN_FIELD_RIDGE)
+    H_SS = with_ridge(H[kept][:, kept], MEAN_FIELD_RIDGE)
     matrix = torch.zeros(len(kept), len(H), dtype=torch.float64)
     matrix[torch.arange(len(kept)), kept] = 1
     matrix[:, removed] = torch.linalg.solve(H_SS, H[kept][:, removed])
@@ -88,14 +89,14 @@ def refit_readout(
     """
     start = mean_field_readout(statistics.state_gram[0], kept)
     system = _token_systems(mixer, statistics, kept, start)
-    total = sum_over_processes if across_processes else _unchanged
+    total = summation(across_processes)
     energy, error = total(system.energy.sum()), total(system.error.sum())
     change, method = torch.zeros_like(start), "mean field"
     if steps > 0 and statistics.tokens >= fewest_tokens(len(kept), statistics.state_size) and error > 0:
         tokens = statistics.tokens.double().cpu()
         H_SS = statistics.state_gram[0].double().cpu()[kept][:, kept]
         omega = statistics.readout_gram[0].double().cpu() / tokens
-        fitted = _conjugate_gradients(system, H_SS, omega, steps, penalty, total)
+        fitted = _fit(system, H_SS, omega, steps, penalty, total)
         fitted_error = total(system.error_after(fitted))
         if fitted_error < error:
             change, error, method = fitted.cpu(), fitted_error, "conjugate gradients"
@@ -149,7 +150,7 @@ def _token_systems(
     return _TokenSystems(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _conjugate_gradients(
+def _fit(
     system: _TokenSystems,
     H_SS: torch.Tensor,
     omega: torch.Tensor,
@@ -165,39 +166,14 @@ def _conjugate_gradients(
     C, device = system.C.double(), system.C.device
     omega = omega.to(device)
     scale = H_SS.diagonal().to(device)[:, None]
-    left = torch.linalg.inv(_with_ridge(H_SS, PRECONDITIONER_RIDGE)).to(device)
-    right = torch.linalg.inv(_with_ridge(omega.cpu(), PRECONDITIONER_RIDGE)).to(device)
+    left = torch.linalg.inv(with_ridge(H_SS, PRECONDITIONER_RIDGE)).to(device)
+    right = torch.linalg.inv(with_ridge(omega.cpu(), PRECONDITIONER_RIDGE)).to(device)
 
     def apply(D: torch.Tensor) -> torch.Tensor:
         v = (C @ D.T).float()
         Gv = (system.gram @ v[..., None]).squeeze(-1)
         return total(Gv.double().T @ C) + penalty * scale * (D @ omega)
 
-    change = torch.zeros(len(left), len(right), dtype=torch.float64, device=device)
-    residual = total(system.p.double().T @ C)
-    preconditioned = left @ residual @ right
-    direction = preconditioned
-    rho = (residual * preconditioned).sum()
-    for _ in range(steps):
-        product = apply(direction)
-        curvature = (direction * product).sum()
-        if not curvature > 0:
-            break
-        step = rho / curvature
-        change = change + step * direction
-        residual = residual - step * product
-        preconditioned = left @ residual @ right
-        new_rho = (residual * preconditioned).sum()
-        direction = preconditioned + (new_rho / rho) * direction
-        rho = new_rho
-    return change
-
-
-def _with_ridge(matrix: torch.Tensor, ridge: float) -> torch.Tensor:
-    # A layer that passes nothing on has no scale of its own.
-    mean = matrix.diagonal().mean() or 1.0
-    return matrix + ridge * mean * torch.eye(len(matrix), dtype=matrix.dtype)
-
-
-def _unchanged(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+    start = torch.zeros(len(left), len(right), dtype=torch.float64, device=device)
+    rhs = total(system.p.double().T @ C)
+    return conjugate_gradients(apply, rhs, start, lambda residual: left @ residual @ right, steps)

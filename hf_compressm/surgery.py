@@ -13,7 +13,7 @@ from transformers.utils import logging
 from .distributed.ddp import rebuild_reducer, unwrap
 from .mixers import Mixer, StateAxis, find_mixers, layers_by_config
 from .mixers.resize import project_in_place, update_configs
-from .modeling_compressm import projected_class
+from .modeling_compressm import PROJECTIONS, projected_class
 from .optimizer import add_parameters, replace_parameter, sliced_state, unwrap_optimizer
 from .plan import CompressionPlan, LayerPlan
 from .report import CompressionReport, LayerReport
@@ -168,7 +168,7 @@ def _validate_projection(name: str, layer: LayerPlan, mixer: Mixer) -> None:
         raise ValueError(f"layer {name}: the plan projects its states, which {mixer.layout.NAME} mixers do not allow")
     projected_class(type(mixer.module))
     before, after = layer.state_size_before, layer.state_size_after
-    for label in ("B_projection", "C_projection"):
+    for label in PROJECTIONS:
         matrix = getattr(layer, label)
         expected = (before, mixer.groups * after)
         if (
@@ -194,7 +194,7 @@ def _prepare_projection(mixer: Mixer, layer: LayerPlan) -> tuple[torch.Tensor, t
     if not mixer.is_projected:
         return layer.B_projection, layer.C_projection
     module, groups = mixer.module, mixer.groups
-    for name in ("B_projection", "C_projection"):
+    for name in PROJECTIONS:
         _refuse_hooks(getattr(module, name), f"{mixer.name}: {name}")
     return tuple(
         torch.einsum(
@@ -211,7 +211,7 @@ def _project(
     """Put a projection into a mixer and its optimizer; returns the new parameters."""
     module = mixer.module
     if mixer.is_projected:
-        for name, value in zip(("B_projection", "C_projection"), values, strict=True):
+        for name, value in zip(PROJECTIONS, values, strict=True):
             old = getattr(module, name)
             new = nn.Parameter(value.to(old), requires_grad=old.requires_grad)
             new.__dict__.update(old.__dict__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 
@@ -23,6 +25,11 @@ def sum_over_processes(tensor: torch.Tensor) -> torch.Tensor:
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
+
+
+def summation(across_processes: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    """How a sum over this process's tokens becomes one over all tokens: `sum_over_processes`, or nothing to do."""
+    return sum_over_processes if across_processes else lambda tensor: tensor
 
 
 def broadcast_tensor(tensor: torch.Tensor) -> torch.Tensor:

@@ -67,6 +67,11 @@ class Mixer:
         return self.architecture.layout is mamba2
 
     @property
+    def bytes_per_state(self) -> int:
+        """What one state more takes in the recurrent cache of one sequence: one number per channel."""
+        return self.module.intermediate_size * self.module.out_proj.weight.element_size()
+
+    @property
     def groups(self) -> int:
         return self.layout.groups(self.module)
 

@@ -12,7 +12,7 @@ import dataclasses
 import torch
 from torch import nn
 
-from ..modeling_compressm import project
+from ..modeling_compressm import PROJECTIONS, project
 from . import mamba2
 from .mamba2 import decay_rates, groups
 from .scan import ScanInputs, StateAxis
@@ -24,7 +24,7 @@ NAME = "projected Mamba-2"
 
 def state_axes(mixer: nn.Module) -> list[StateAxis]:
     """The parameters that hold the state, and where in them."""
-    return [StateAxis(mixer, name, dim=1, blocks=mixer.n_groups) for name in ("B_projection", "C_projection")]
+    return [StateAxis(mixer, name, dim=1, blocks=mixer.n_groups) for name in PROJECTIONS]
 
 
 def readout_axis(mixer: nn.Module) -> None:

@@ -43,7 +43,6 @@ from transformers.utils import logging as transformers_logging
 from hf_compressm import CompreSSMConfig, compress_, find_mixers, measure, plan_compression
 from hf_compressm.criteria import CRITERIA
 from hf_compressm.modeling_compressm import CompressmMamba2Config, CompressmMamba2ForCausalLM
-from hf_compressm.plan import bytes_per_state
 
 RESULTS = Path(__file__).with_name("results")
 LAYOUTS = ("mamba", "mamba2")
@@ -311,7 +310,7 @@ def run_cell(layout: str, task_name: str, seed: int, work: Work) -> dict[str, An
     rows = []
     measured = measure(model, calibration)
     for kept in work.kept:
-        state_bytes = kept * sum(bytes_per_state(mixer) for mixer in find_mixers(model).values())
+        state_bytes = kept * sum(mixer.bytes_per_state for mixer in find_mixers(model).values())
         for name, config in arms(layout, kept, seed, state_bytes).items():
             start = time.process_time()
             cut = copy.deepcopy(model)
