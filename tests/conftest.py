@@ -38,7 +38,8 @@ from transformers import (
     Zamba2Model,
 )
 
-from hf_compressm import CompressionPlan, CompreSSMConfig, find_mixers
+from hf_compressm import CompressionPlan, CompreSSMConfig, StateStatistics, find_mixers, measure
+from hf_compressm.mixers import Mixer
 from hf_compressm.plan import LayerPlan
 
 VOCABULARY = 16
@@ -251,6 +252,15 @@ def tokens(batch: int = 4, length: int = 12, seed: int = 0) -> torch.Tensor:
     """Random input ids, shape (batch, length)."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+
+
+def measured(
+    model: torch.nn.Module, batch: int = 6, length: int = 12, mask: torch.Tensor | None = None, seed: int = 0
+) -> tuple[Mixer, StateStatistics]:
+    """The mixer of a model of one layer, and its statistics on random tokens."""
+    inputs = {"input_ids": tokens(batch, length, seed)} | ({} if mask is None else {"attention_mask": mask})
+    ((name, statistics),) = measure(model, [inputs]).items()
+    return find_mixers(model)[name], statistics
 
 
 def train(

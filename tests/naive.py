@@ -7,10 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from hf_compressm import StateStatistics
+    from hf_compressm.mixers import Mixer
 
 
 @dataclass
@@ -127,6 +132,12 @@ def run_mixer(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: tor
             run.weight[b, t] = gain * mask[b, t]
             run.output[b, t] = linear(P, "out_proj", passed_on)
     return run
+
+
+def naive(mixer: Mixer, statistics: StateStatistics) -> NaiveRun:
+    """The run of a mixer on the one input that its statistics were measured on."""
+    ((hidden_states, mask),) = statistics.inputs
+    return run_mixer(mixer.module, hidden_states, mask)
 
 
 def norm_size(mixer: nn.Module) -> int:

@@ -98,27 +98,30 @@ def test_a_loop_with_accelerate(tiny):
         torch.testing.assert_close(value, kept_part(name, theirs[1][name], kept), rtol=0, atol=1e-5)
 
 
+def accelerated(tiny, settings: CompreSSMConfig, seed: int):
+    """A prepared model, its optimizer and a Compressor that Accelerate saves and loads with them."""
+    accelerator = Accelerator(cpu=True)
+    model = lively(tiny.build(seed))
+    model, optimizer = accelerator.prepare(model, adamw(model))
+    compressor = Compressor(settings, model, optimizer, total_steps=8, accelerator=accelerator)
+    accelerator.register_for_checkpointing(compressor)
+    return accelerator, model, optimizer, compressor
+
+
+def go_on(model, optimizer, compressor, first: int, last: int) -> None:
+    for ids in batches(first, last):
+        train_step(model, optimizer, ids)
+        compressor.step()
+
+
 @pytest.mark.parametrize("saved_at", [2, 3, 6], ids=["before the cut", "right after it", "later"])
 def test_accelerates_checkpoints(tiny, tmp_path, saved_at):
-    def start(seed: int):
-        accelerator = Accelerator(cpu=True)
-        model = lively(tiny.build(seed))
-        model, optimizer = accelerator.prepare(model, adamw(model))
-        compressor = Compressor(config(), model, optimizer, total_steps=8, accelerator=accelerator)
-        accelerator.register_for_checkpointing(compressor)
-        return accelerator, model, optimizer, compressor
-
-    def go_on(model, optimizer, compressor, first: int, last: int) -> None:
-        for ids in batches(first, last):
-            train_step(model, optimizer, ids)
-            compressor.step()
-
-    accelerator, *whole = start(seed=0)
+    accelerator, *whole = accelerated(tiny, config(), seed=0)
     go_on(*whole, 0, saved_at)
     accelerator.save_state(tmp_path)
     go_on(*whole, saved_at, 8)
 
-    accelerator, *resumed = start(seed=1)
+    accelerator, *resumed = accelerated(tiny, config(), seed=1)
     accelerator.load_state(tmp_path)
     assert resumed[2].global_step == saved_at and resumed[2].state_size == (8 if saved_at == 2 else 4)
     go_on(*resumed, saved_at, 8)
@@ -527,27 +530,14 @@ def test_a_projected_cut_in_a_plain_loop():
 @pytest.mark.parametrize("saved_at", [2, 3, 4, 6], ids=["before the cuts", "right after one", "between", "later"])
 @pytest.mark.parametrize("target", [3, [3, 8]], ids=["one size", "a size for each layer"])
 def test_accelerates_checkpoints_of_a_projected_run(tmp_path, saved_at, target):
-    def start(seed: int):
-        accelerator = Accelerator(cpu=True)
-        model = lively(MAMBA2.build(seed))
-        model, optimizer = accelerator.prepare(model, adamw(model))
-        settings = config(realization="projected", state_size=target, schedule=[3, 5])
-        compressor = Compressor(settings, model, optimizer, total_steps=8, accelerator=accelerator)
-        accelerator.register_for_checkpointing(compressor)
-        return accelerator, model, optimizer, compressor
-
-    def go_on(model, optimizer, compressor, first: int, last: int) -> None:
-        for ids in batches(first, last):
-            train_step(model, optimizer, ids)
-            compressor.step()
-
-    accelerator, *whole = start(seed=0)
+    settings = config(realization="projected", state_size=target, schedule=[3, 5])
+    accelerator, *whole = accelerated(MAMBA2, settings, seed=0)
     go_on(*whole, 0, saved_at)
     accelerator.save_state(tmp_path)
     go_on(*whole, saved_at, 8)
     assert [entry["step"] for entry in whole[2].history] == [3, 5]
 
-    accelerator, *resumed = start(seed=1)
+    accelerator, *resumed = accelerated(MAMBA2, settings, seed=1)
     # The second time, the model is projected by now, and the checkpoint may be stock, or of other sizes.
     for _ in range(2):
         accelerator.load_state(tmp_path)

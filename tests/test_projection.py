@@ -13,8 +13,8 @@ import pytest
 import scipy.linalg
 import scipy.optimize
 import torch
-from conftest import TINY, lively, silence_states, tokens
-from naive import NaiveRun, run_mixer
+from conftest import TINY, lively, measured, silence_states, tokens
+from naive import NaiveRun, naive
 from torch import nn
 
 import hf_compressm.projection
@@ -37,19 +37,6 @@ def layer(
     """A Mamba-2 mixer of two groups whose states matter, and its statistics."""
     model = lively(TINY["mamba2"].build(seed, **({"state_size": SIZE, "num_hidden_layers": 1} | options)), seed)
     return measured(model, batch, length, mask, seed)
-
-
-def measured(
-    model: nn.Module, batch: int = 6, length: int = 12, mask: torch.Tensor | None = None, seed: int = 0
-) -> tuple[Mixer, StateStatistics]:
-    inputs = {"input_ids": tokens(batch, length, seed)} | ({} if mask is None else {"attention_mask": mask})
-    ((name, statistics),) = measure(model, [inputs]).items()
-    return find_mixers(model)[name], statistics
-
-
-def naive(mixer: Mixer, statistics: StateStatistics) -> NaiveRun:
-    ((hidden_states, mask),) = statistics.inputs
-    return run_mixer(mixer.module, hidden_states, mask)
 
 
 def gramians(run: NaiveRun) -> list[tuple[np.ndarray, np.ndarray]]:

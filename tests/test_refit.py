@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
-from conftest import TINY, lively, tokens
-from naive import NaiveRun, run_mixer
+from conftest import TINY, lively, measured, tokens
+from naive import NaiveRun, naive
 
 from hf_compressm import CompreSSMConfig, StateStatistics, compress_, find_mixers, measure, plan_compression
 from hf_compressm.mixers import Mixer
@@ -23,14 +23,7 @@ def layer(
 ) -> tuple[Mixer, StateStatistics]:
     """A Mamba-1 mixer whose states matter, and its statistics."""
     model = lively(TINY["mamba"].build(seed, state_size=SIZE, num_hidden_layers=1), seed)
-    inputs = {"input_ids": tokens(batch, length, seed)} | ({} if mask is None else {"attention_mask": mask})
-    ((name, statistics),) = measure(model, [inputs]).items()
-    return find_mixers(model)[name], statistics
-
-
-def naive(mixer: Mixer, statistics: StateStatistics) -> NaiveRun:
-    ((hidden_states, mask),) = statistics.inputs
-    return run_mixer(mixer.module, hidden_states, mask)
+    return measured(model, batch, length, mask, seed)
 
 
 def error_and_energy(run: NaiveRun, M: np.ndarray, kept: list[int]) -> tuple[float, float]:
