@@ -193,15 +193,19 @@ def _prepare_projection(mixer: Mixer, layer: LayerPlan) -> tuple[torch.Tensor, t
         _refuse_quantized(axis.tensor, f"{mixer.name}: {axis.parameter} of {type(axis.module).__name__}")
     if not mixer.is_projected:
         return layer.B_projection, layer.C_projection
-    module, groups = mixer.module, mixer.groups
+    module = mixer.module
     for name in PROJECTIONS:
         _refuse_hooks(getattr(module, name), f"{mixer.name}: {name}")
-    return tuple(
-        torch.einsum(
-            "ngm,mgr->ngr", old.double().cpu().unflatten(1, (groups, -1)), new.double().unflatten(1, (groups, -1))
-        ).flatten(1)
-        for old, new in ((module.B_projection, layer.B_projection), (module.C_projection, layer.C_projection))
+    return (
+        projected_further(module.B_projection, layer.B_projection, mixer.groups),
+        projected_further(module.C_projection, layer.C_projection, mixer.groups),
     )
+
+
+def projected_further(first: torch.Tensor, second: torch.Tensor, groups: int) -> torch.Tensor:
+    """One projection after another, group by group: [first_1 second_1 | ... | first_G second_G], in float64."""
+    left, right = (matrix.double().cpu().unflatten(1, (groups, -1)) for matrix in (first, second))
+    return torch.einsum("ngm,mgr->ngr", left, right).flatten(1)
 
 
 @torch.no_grad()
@@ -231,17 +235,12 @@ def _project(
 @torch.no_grad()
 def _prepare(name: str, mixer: Mixer, layer: LayerPlan, optimizer: Optimizer | None) -> list[_Replacement]:
     """The new parameters of one layer and their optimizer state; nothing is touched."""
-    readout = mixer.layout.readout_axis(mixer.module) if layer.readout is not None else None
     replacements = []
     for axis in mixer.layout.state_axes(mixer.module):
         old, label = axis.tensor, f"{name}: {axis.parameter} of {type(axis.module).__name__}"
         _refuse_quantized(old, label)
         index = axis.index(layer.kept, layer.state_size_before)
-        values = old.detach().index_select(axis.dim, index.to(old.device))
-        if readout is not None and axis == readout[0]:
-            _, block = readout
-            rows = old.detach()[axis.block(block, layer.state_size_before)].double().cpu()
-            values[axis.block(block, layer.state_size_after)] = (layer.readout.double() @ rows).to(values)
+        values = smaller_values(mixer, axis, layer, old.detach())
         state = None
         if optimizer is not None:
             state = sliced_state(optimizer, old, label, axis.dim, index)
@@ -250,6 +249,18 @@ def _prepare(name: str, mixer: Mixer, layer: LayerPlan, optimizer: Optimizer | N
     for item in replacements:
         _refuse_hooks(item.old, f"{name}: {item.axis.parameter}")
     return replacements
+
+
+def smaller_values(mixer: Mixer, axis: StateAxis, layer: LayerPlan, values: torch.Tensor) -> torch.Tensor:
+    """What a selection of states leaves of one parameter's values: the kept states' entries, C's rows refitted."""
+    index = axis.index(layer.kept, layer.state_size_before)
+    smaller = values.index_select(axis.dim, index.to(values.device))
+    readout = mixer.layout.readout_axis(mixer.module) if layer.readout is not None else None
+    if readout is not None and axis == readout[0]:
+        _, block = readout
+        rows = values[axis.block(block, layer.state_size_before)].double().cpu()
+        smaller[axis.block(block, layer.state_size_after)] = (layer.readout.double() @ rows).to(smaller)
+    return smaller
 
 
 def _like(old: nn.Parameter, values: torch.Tensor, dim: int, index: torch.Tensor) -> nn.Parameter:
