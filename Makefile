@@ -9,7 +9,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 MALLOC := MALLOC_MMAP_THRESHOLD_=34359738368 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=67108864
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed lint format bench bench-quality clean
+.PHONY: help demo test test-distributed fault-table lint format bench bench-quality clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -20,8 +20,11 @@ demo: $(VENV)/.ready  ## train a Mamba on digits, shrink its state from 128 to 1
 test: $(VENV)/.ready  ## run all tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile
 
-test-distributed: $(VENV)/.ready  ## run the tests that start several processes
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m distributed
+test-distributed: $(VENV)/.ready  ## run the tests that start several processes, and all that `make test` leaves out
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile -m "distributed or long"
+
+fault-table: $(VENV)/.ready  ## break a cut at every stage, resume it, and print what became of it (minutes)
+	@PYTHONPATH=tests:tests/distributed:recipes OMP_NUM_THREADS=1 $(RUN) tests/distributed/faults.py 2>/dev/null
 
 lint: $(VENV)/.ready  ## check style
 	$(RUN) -m ruff check .

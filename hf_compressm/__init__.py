@@ -8,8 +8,10 @@ from .config import CompreSSMConfig
 from .mixers import find_mixers
 from .modeling_compressm import projected_class
 from .oneshot import compress
-from .plan import CompressionPlan, plan_compression
+from .plan import CompressionPlan
+from .planning import plan_compression
 from .report import CompressionReport
+from .reshape import ReshapeReport, reshape_checkpoint
 from .statistics import NonFiniteError, StateStatistics, measure
 from .surgery import compress_
 
@@ -24,6 +26,7 @@ __all__ = [
     "CompressionReport",
     "Compressor",
     "NonFiniteError",
+    "ReshapeReport",
     "StateStatistics",
     "compress",
     "compress_",
@@ -33,6 +36,7 @@ __all__ = [
     "plan_compression",
     "projected_class",
     "read_record",
+    "reshape_checkpoint",
     "resize_while_loading",
     "write_record",
 ]

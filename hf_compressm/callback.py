@@ -7,17 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
-from .checkpoint import load_inputs, resize_while_loading, save_inputs, write_record
+from .checkpoint import (
+    load_inputs,
+    resize_to_checkpoint,
+    resize_to_shards,
+    resize_while_loading,
+    save_config,
+    save_inputs,
+    write_record,
+)
 from .compressor import Compressor
 from .config import CompreSSMConfig
-from .distributed.collectives import is_distributed
-from .distributed.ddp import sharding_message, unwrap
+from .continuation import Continuation, cut_checkpoint
+from .distributed.processes import all_processes
+from .distributed.wrappers import kind_of, unwrap
 from .modeling_compressm import PROJECTIONS
 from .report import CompressionReport
 
@@ -36,6 +44,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
 
     Attributes:
         history: a dictionary for each cut and each skipped attempt.
+        goes_on: where the model cannot be cut while it trains (FSDP1, DeepSpeed ZeRO-3), training stops when a cut is
+            due, and a checkpoint is cut: then this is the command that goes on; it is printed, too. None otherwise.
 
     Example:
         >>> from hf_compressm import CompreSSMCallback, CompreSSMConfig
@@ -50,6 +60,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         # Where the schedule stands, and what a pragmatic cut will be compared with.
         self.progress: dict[str, Any] = {}
         self.compressor: Compressor | None = None
+        self.goes_on: Continuation | None = None
         self._trainer: Trainer | None = None
         self._save_postponed = False
         # The metrics of the evaluation that was asked for before a pragmatic cut; None while none was.
@@ -70,10 +81,17 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     ) -> None:
         # The weights of a checkpoint are loaded before any other event, into a model that the script built full-size.
         bare, _ = unwrap(model)
-        resize_while_loading(bare)
         trainer = find_trainer(self)
         if trainer is not None:
             exempt_from_weight_decay(trainer)
+        if trainer is None or not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+            resize_while_loading(bare)
+            return
+        if trainer.is_fsdp_enabled:
+            resize_before_loading(trainer)
+        if isinstance(args.resume_from_checkpoint, str):
+            # FSDP1 and DeepSpeed flatten parameters before they load, and then cannot change their sizes any more.
+            resize_to_checkpoint(bare, args.resume_from_checkpoint)
 
     def on_train_begin(
         self,
@@ -104,6 +122,11 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             warmup_steps=args.get_warmup_steps(state.max_steps),
             history=self.history,
         )
+        if self.compressor.why_not_in_process is not None and args.save_only_model:
+            raise ValueError(
+                f"save_only_model=True leaves out the optimizer, but here only a checkpoint can be cut "
+                f"({self.compressor.why_not_in_process}), and the run that goes on from it needs the optimizer"
+            )
         if self.progress:
             self.compressor.load_state_dict(self.progress | {"history": self.history})
             self._load_recorded_inputs(args, state)
@@ -123,6 +146,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         report = compressor.step(state.global_step)
         if report is not None:
             self._announce(report, state)
+        if compressor.plan_for_checkpoint is not None:
+            control.should_save = control.should_training_stop = True
         return self._await_verdict(args, state, control)
 
     def on_epoch_end(
@@ -160,13 +185,17 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         return control
 
     def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> TrainerControl:
         directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self._was_cut and args.should_save:
-            write_record(self.history, directory)
+        if args.should_save and not (directory / "config.json").exists() and model is not None:
+            # Sharded checkpoints come without it, and nobody could tell their state size.
+            save_config(unwrap(model)[0], directory)
+        if args.should_save:
+            cuts = self.history if self._was_cut else []
+            write_record(cuts, directory, self.compressor and self.compressor.optimizer_parameters)
         if self.compressor is not None and self.compressor.recorder.batches:
-            save_inputs(self.compressor.recorder.batches, directory, _rank())
+            save_inputs(self.compressor.recorder.batches, directory, all_processes().rank)
         return control
 
     def on_train_end(
@@ -178,6 +207,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if compressor.can_take_back:
             self._keep_unevaluated()
         self.progress = {}
+        if compressor.plan_for_checkpoint is not None:
+            self.goes_on = self._cut_checkpoint(args, state)
         # load_best_model_at_end may have brought back weights of another size.
         compressor.follow_loaded_weights()
         compressor.remove()
@@ -185,17 +216,22 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if self._was_cut and args.should_save:
             write_record(self.history, args.output_dir)
 
+    def _cut_checkpoint(self, args: TrainingArguments, state: TrainerState) -> Continuation:
+        processes, plan = self.compressor.processes, self.compressor.plan_for_checkpoint
+        # Each process writes a part of a sharded checkpoint.
+        processes.barrier()
+        with processes.all_or_none("cutting the checkpoint"):
+            if args.should_save:
+                cut_checkpoint(Path(args.output_dir) / f"checkpoint-{state.global_step}", plan, args.output_dir)
+        return Continuation.read(args.output_dir)
+
     @property
     def _was_cut(self) -> bool:
         return any(entry["status"] == "cut" for entry in self.history)
 
     def _wrapped_model(self, model: torch.nn.Module) -> torch.nn.Module:
         """The model as training calls it: callbacks are only given the bare one."""
-        if self._trainer is None:
-            return model
-        if self._trainer.is_deepspeed_enabled or self._trainer.is_fsdp_enabled:
-            raise RuntimeError(sharding_message("DeepSpeed" if self._trainer.is_deepspeed_enabled else "FSDP"))
-        return self._trainer.model_wrapped
+        return model if self._trainer is None else self._trainer.model_wrapped
 
     def _resume(self, state: TrainerState) -> None:
         """Take up the history and the schedule from the checkpoint's trainer_state.json."""
@@ -210,7 +246,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         named, folders = args.resume_from_checkpoint, (self.progress.get("output_dir"), args.output_dir)
         candidates = [Path(folder) / f"checkpoint-{state.global_step}" for folder in folders if folder]
         for directory in [Path(named), *candidates] if isinstance(named, str) else candidates:
-            batches = load_inputs(directory, _rank())
+            batches = load_inputs(directory, all_processes().rank)
             if batches is not None:
                 self.compressor.recorder.batches.extend(batches)
                 return
@@ -306,6 +342,29 @@ def exempt_from_weight_decay(trainer: Trainer) -> None:
     trainer.get_decay_parameter_names = names_that_decay
 
 
+def resize_before_loading(trainer: Trainer) -> None:
+    """Let a Trainer under FSDP2 load checkpoints of another state size.
+
+    It loads weights and optimizer into the shards of a model that is sharded already, with no event before.
+    """
+    load, load_best = trainer._load_from_checkpoint, trainer._load_best_model
+
+    def resize(directory: str) -> None:
+        bare, wrapper = unwrap(trainer.model_wrapped)
+        if kind_of(bare, wrapper) == "FSDP2":
+            resize_to_shards(bare, directory, trainer.optimizer)
+
+    def resize_and_load(directory: str, model: torch.nn.Module | None = None) -> None:
+        resize(directory)
+        load(directory, model)
+
+    def resize_and_load_best() -> None:
+        resize(trainer.state.best_model_checkpoint)
+        load_best()
+
+    trainer._load_from_checkpoint, trainer._load_best_model = resize_and_load, resize_and_load_best
+
+
 def find_trainer(callback: TrainerCallback) -> Trainer | None:
     """The Trainer that runs a callback.
 
@@ -322,7 +381,3 @@ def find_trainer(callback: TrainerCallback) -> Trainer | None:
 
 def _trainers() -> list[Trainer]:
     return [item for item in gc.get_objects() if issubclass(type(item), Trainer) and hasattr(item, "callback_handler")]
-
-
-def _rank() -> int:
-    return dist.get_rank() if is_distributed() else 0

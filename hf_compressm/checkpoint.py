@@ -14,12 +14,18 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging
 
-from .mixers import Mixer, find_mixers, mamba2
+from .distributed.fsdp2 import shapes_in_checkpoint
+from .distributed.processes import all_processes
+from .files import write_file
+from .mixers import Mixer, find_mixers, layers_by_config, mamba2
 from .mixers.resize import ParameterPairs, resize_mixer, update_configs
 from .modeling_compressm import PROJECTIONS
+from .optimizer import follow_resize, unwrap_optimizer
 
 logger = logging.get_logger(__name__)
 
@@ -47,10 +53,56 @@ def resize_while_loading(model: nn.Module, on_resize: OnResize | None = None) ->
         on_resize: called for each mixer that was resized, with the parameters that were replaced, added and removed.
     """
     stop_resizing_while_loading(model)
-    for name, mixer in find_mixers(model).items():
-        # By name, not by what was found: a copy of the model then has hooks that look at the copy.
-        hook = functools.partial(_resize_to_incoming, model, name, on_resize, set())
+    for mixer in find_mixers(model).values():
+        # Of what was found here nothing is kept: a copy of the model then has hooks that look at the copy.
+        hook = functools.partial(_resize_to_incoming, model, on_resize, set())
         _LOAD_HOOKS[mixer.module] = mixer.module.register_load_state_dict_pre_hook(hook)
+
+
+def resize_to_checkpoint(model: nn.Module, directory: str | Path) -> None:
+    """Give a model the state size that a checkpoint's config tells, before the model is sharded and loaded.
+
+    Args:
+        model: the bare model; its weights lose their values where sizes differ.
+        directory: of the checkpoint; without a config.json nothing is done.
+    """
+    if not (Path(directory) / "config.json").is_file():
+        return
+    saved = AutoConfig.from_pretrained(directory)
+    for names in layers_by_config(mixers := find_mixers(model)):
+        together = [mixers[name] for name in names]
+        if together[0].config is not model.config:
+            continue
+        size = getattr(saved, together[0].architecture.state_size_field, None)
+        sizes = getattr(saved, "state_ranks", None) or [size] * len(together)
+        for mixer, size in zip(together, sizes, strict=True):
+            if size is not None:
+                resize_mixer(mixer, size, getattr(saved, "feature_size", None))
+    update_configs(model)
+
+
+def resize_to_shards(model: nn.Module, directory: str | Path, optimizer: Optimizer | None = None) -> None:
+    """Give a model that `fully_shard` was applied to the state sizes of the checkpoint that it is about to load.
+
+    Its weights are loaded into shards of the sizes that it has, and parameters that it lacks would be left out without
+    an error. A collective: all processes must call it.
+
+    Args:
+        model: the bare model; weights lose their values where sizes differ.
+        directory: of a checkpoint that Accelerate or the Trainer saved under FSDP; else nothing is done.
+        optimizer: the optimizer that trains the model; it is loaded after this.
+    """
+    processes = all_processes()
+    shapes = shapes_in_checkpoint(directory) if processes.is_main else {}
+    shapes = json.loads(processes.all_gather(json.dumps(shapes).encode())[0])
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+
+    def follow(mixer: Mixer, pairs: ParameterPairs) -> None:
+        if optimizer is not None:
+            follow_resize(unwrap_optimizer(optimizer), model, mixer.module, pairs)
+
+    for name, mixer in find_mixers(model).items():
+        _resize_to_incoming(model, follow, set(), mixer.module, weights, f"{name}.")
 
 
 def stop_resizing_while_loading(model: nn.Module) -> None:
@@ -63,7 +115,6 @@ def stop_resizing_while_loading(model: nn.Module) -> None:
 
 def _resize_to_incoming(
     model: nn.Module,
-    name: str,
     on_resize: OnResize | None,
     seen: set[str],
     module: nn.Module,
@@ -71,7 +122,7 @@ def _resize_to_incoming(
     prefix: str,
     *_: Any,
 ) -> None:
-    mixer = find_mixers(model)[name]
+    mixer = next(mixer for mixer in find_mixers(model).values() if mixer.module is module)
     # A checkpoint of several files comes in parts, in any order: a projected mixer is only taken for a stock one when
     # all of a stock mixer's parameters came without a projection.
     names = {name for name, _ in module.named_parameters()}.difference(PROJECTIONS)
@@ -97,7 +148,7 @@ def _resize_to_incoming(
     # Weights that belong to no one state size are left to load_state_dict's own error.
     if not fits or (size == mixer.state_size and (features is not None) == mixer.is_projected):
         return
-    pairs = resize_mixer(mixer, size, features)
+    pairs = resize_mixer(mixer, size, features, model)
     update_configs(model)
     if on_resize is not None:
         on_resize(mixer, pairs)
@@ -121,17 +172,22 @@ def library_versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in names}
 
 
-def write_record(history: list[dict[str, Any]], directory: str | Path) -> Path:
+def write_record(
+    history: list[dict[str, Any]], directory: str | Path, optimizer_parameters: list[list[str]] | None = None
+) -> Path:
     """Write `compressm.json`: every cut that made the model what it is.
 
     Args:
         history: of a Compressor or a CompreSSMCallback.
         directory: where the model is saved.
+        optimizer_parameters: the names of the parameters in each group of the optimizer that is saved there; an
+            optimizer's file knows them by their position only.
     """
     file = Path(directory) / RECORD_FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
     content = {"format_version": RECORD_VERSION, "versions": library_versions(), "cuts": history}
-    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    if optimizer_parameters is not None:
+        content["optimizer_parameters"] = optimizer_parameters
+    write_file(file, json.dumps(content, indent=1) + "\n")
     return file
 
 
@@ -155,6 +211,17 @@ def read_record(directory: str | Path) -> list[dict[str, Any]]:
     return cuts
 
 
+def save_config(model: PreTrainedModel, directory: str | Path) -> None:
+    """Write a model's config.json where only its weights are saved, with the class that it belongs to.
+
+    Args:
+        model: the bare model; fully_shard makes it an object of a class of its own, whose name is not the model's.
+        directory: of the checkpoint.
+    """
+    model.config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    model.config.save_pretrained(directory)
+
+
 def save_inputs(batches: Iterable[dict[str, Any]], directory: str | Path, rank: int) -> None:
     """Save recorded inputs beside a checkpoint, so that a cut that is soon due is the same after a resume."""
     tensors, plain = {}, []
@@ -165,9 +232,8 @@ def save_inputs(batches: Iterable[dict[str, Any]], directory: str | Path, rank: 
         for key, value in batch.items():
             if isinstance(value, torch.Tensor):
                 tensors[f"{number}.{key}"] = value.contiguous().clone()
-    file = Path(directory) / INPUTS_FILE.format(rank=rank)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    safetensors.torch.save_file(tensors, file, metadata={"plain": json.dumps(plain)})
+    data = safetensors.torch.save(tensors, metadata={"plain": json.dumps(plain)})
+    write_file(Path(directory) / INPUTS_FILE.format(rank=rank), data)
 
 
 def load_inputs(directory: str | Path, rank: int) -> list[dict[str, Any]] | None:

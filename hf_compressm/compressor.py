@@ -9,6 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,31 +18,36 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from .checkpoint import resize_while_loading, stop_resizing_while_loading
+from .checkpoint import resize_while_loading, save_config, stop_resizing_while_loading, write_record
 from .config import CompreSSMConfig
-from .distributed.collectives import (
-    broadcast_bytes,
-    check_same_everywhere,
-    is_distributed,
-    sum_over_processes,
-    world_size,
-)
-from .distributed.ddp import rebuild_reducer, reducer_is_stale, unwrap
+from .continuation import Continuation, cut_checkpoint
+from .distributed import deepspeed
+from .distributed.ddp import rebuild_reducer, reducer_is_stale
+from .distributed.processes import ALONE, NonFiniteError, all_processes
+from .distributed.wrappers import is_sharded, kind_of, processes_of, unwrap, why_not_in_process, zero_engine
 from .mixers import Mixer, find_mixers
 from .mixers.resize import ParameterPairs, resize_mixer, update_configs
-from .optimizer import add_parameters, remove_parameter, replace_parameter, sliced_state, unwrap_optimizer
-from .plan import (
-    CompressionPlan,
+from .optimizer import check_state, follow_resize, unwrap_optimizer
+from .plan import CompressionPlan
+from .planning import (
     check_list_of_sizes,
     must_project,
     plan_compression,
     refuse_projection,
+    refuse_projection_under_zero,
 )
-from .ranks import fixed_sizes, fixed_state_size, round_up, states_for_budget
+from .ranks import (
+    fixed_sizes,
+    fixed_state_size,
+    largest_before_cuts,
+    round_up,
+    states_for_budget,
+    target_is_reached,
+)
 from .replay import InputRecorder, compare_outputs, first_rows
 from .report import CompressionReport
 from .schedule import cut_steps
-from .statistics import NonFiniteError, measure
+from .statistics import measure
 from .surgery import check_optimizer, compress_
 
 logger = logging.get_logger(__name__)
@@ -56,7 +62,7 @@ class Compressor:
 
     Args:
         config: what to cut, when and how.
-        model: the model, bare or as torch.compile, DDP or Accelerate wrapped it.
+        model: the model, bare or as torch.compile, DDP, FSDP, DeepSpeed or Accelerate wrapped it.
         optimizer: the optimizer that trains it, bare or as Accelerate wrapped it.
         total_steps: optimizer steps of the whole training; the schedule's fractions refer to it.
         warmup_steps: steps of learning-rate warm-up, in which the default schedule does not cut.
@@ -67,11 +73,14 @@ class Compressor:
     Attributes:
         history: a dictionary for each cut and each skipped attempt, as JSON can hold it; `write_record` saves it.
         global_step: optimizer steps seen.
+        why_not_in_process: why the model cannot be cut while it trains; None if it can. If not, a cut that is due
+            leaves its plan in `plan_for_checkpoint`: save a checkpoint then, stop, `reshape_checkpoint` it and go on.
+        plan_for_checkpoint: a plan that waits for a checkpoint.
 
     Raises:
         ValueError: no mixer, a target that is not below N, or a schedule without a cut.
         TypeError: an unsupported mixer or optimizer.
-        RuntimeError: a sharded model (FSDP, DeepSpeed), or processes with different configs.
+        RuntimeError: a wrapper that is not supported, or processes with different configs.
 
     Example:
         >>> from transformers import MambaConfig, MambaForCausalLM
@@ -102,17 +111,29 @@ class Compressor:
     ) -> None:
         self.config = config
         self.wrapped = model
-        self.model, self.ddp = unwrap(model)
-        self.optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
-        self.accelerator = accelerator
-        if is_distributed() and self.ddp is None:
+        self.model, self.wrapper = unwrap(model)
+        self.processes = processes_of(self.model, self.wrapper) or ALONE
+        if kind_of(self.model, self.wrapper) is None and all_processes().size > 1:
             raise RuntimeError(
-                "several processes train this model, but it is not wrapped in DistributedDataParallel; give the "
-                "Compressor the model that accelerator.prepare or DDP returned"
+                "several processes train this model, but nothing wraps it (DistributedDataParallel, FSDP, DeepSpeed); "
+                "give the Compressor the model that accelerator.prepare or DDP returned"
             )
+        self.why_not_in_process = why_not_in_process(self.model, self.wrapper)
+        self.plan_for_checkpoint: CompressionPlan | None = None
+        if self.why_not_in_process is not None and config.pragmatic:
+            raise ValueError(
+                f"pragmatic=True cannot take a cut back here: {self.why_not_in_process}, so only a checkpoint of it "
+                "can be cut"
+            )
+        # DeepSpeed's engine has an optimizer of its own.
+        self.engine = zero_engine(self.wrapper)
+        if self.engine is not None:
+            refuse_projection_under_zero(config)
+        follows = optimizer is not None and self.why_not_in_process is None and self.engine is None
+        self.optimizer = unwrap_optimizer(optimizer) if follows else None
+        self.accelerator = accelerator
         settings = json.dumps(config.to_dict(), sort_keys=True).encode()
-        device = next(self.model.parameters()).device
-        check_same_everywhere(hashlib.sha256(settings).hexdigest(), "the config", device)
+        self.processes.check_same(hashlib.sha256(settings).hexdigest(), "the config")
         self.state_size = max(mixer.state_size for mixer in find_mixers(self.model).values())
         self.steps = cut_steps(config.schedule, total_steps, warmup_steps)
         self.history: list[dict[str, Any]] = [] if history is None else history
@@ -126,8 +147,9 @@ class Compressor:
         self._announced_wait = False
         self._optimizer_checked = False
         self._snapshot: dict[str, Any] | None = None
-        self.recorder = InputRecorder(self.model, self.wanted_tokens)
-        resize_while_loading(self.model, self._follow_resize)
+        self.recorder = InputRecorder(self.model, self.wanted_tokens, self.processes.size)
+        if not is_sharded(self.model, self.wrapper) and self.engine is None:
+            resize_while_loading(self.model, self._follow_resize)
         self.follow_loaded_weights()
 
     @property
@@ -151,7 +173,8 @@ class Compressor:
             global_step: optimizer steps made so far; None counts the calls.
 
         Returns:
-            The report of a cut that was just made, else None.
+            The report of a cut that was just made, else None. See `plan_for_checkpoint` where the model cannot be cut
+            while it trains.
         """
         if self.accelerator is not None and not self.accelerator.sync_gradients:
             return None
@@ -159,6 +182,8 @@ class Compressor:
         self._record_if_soon_due()
         if not self.pending:
             return None
+        # It may have changed: an optimizer has no state before its first step, and DDP's join() is a context.
+        self.why_not_in_process = why_not_in_process(self.model, self.wrapper)
         self._check_optimizer_early()
         if self.global_step < self.pending[0]:
             return None
@@ -187,13 +212,13 @@ class Compressor:
 
     def _cut(self, remaining: int) -> CompressionReport | None:
         """Cut now, and leave the rest of the way to the other `remaining` - 1 cuts."""
-        if not self.recorder.batches:
+        if self.processes.total(len(self.recorder.batches)) == 0:
             raise ValueError("no input has been recorded yet; run at least one training step before the cut")
         scheduled = max((step for step in self.pending if step <= self.global_step), default=self.global_step)
         seconds: dict[str, float] = {}
         try:
             with _timed(seconds, "measure"):
-                statistics = measure(self.model, self.recorder.batches, across_processes=True)
+                statistics = measure(self.wrapped, self.recorder.batches, processes=self.processes)
             with _timed(seconds, "plan"):
                 plan = self._plan(statistics, remaining)
         except NonFiniteError as error:
@@ -207,6 +232,11 @@ class Compressor:
             reason = f"the rule keeps more than {kept:.0%} of the states, or all of them"
             logger.info(f"the cut at step {self.global_step} is skipped: {reason}")
             self._skip(reason, scheduled)
+            return None
+        if self.why_not_in_process is not None:
+            logger.info(f"the cut at step {self.global_step} waits for a checkpoint: {self.why_not_in_process}")
+            self.plan_for_checkpoint, self.stopped = plan, True
+            self._record_if_soon_due()
             return None
         report = self._apply(plan, seconds)
         self._done_until = max(scheduled, self.global_step)
@@ -228,10 +258,17 @@ class Compressor:
             raise RuntimeError("there is no cut to take back; set pragmatic=True to keep weights before a cut")
         snapshot, self._snapshot = self._snapshot, None
         mixers = find_mixers(self.model)
+        groups = self.optimizer if self.engine is None else deepspeed.parameter_groups(self.engine)
         for name, (state_size, feature_size) in snapshot["sizes"].items():
-            self._follow_resize(mixers[name], resize_mixer(mixers[name], state_size, feature_size))
+            pairs = resize_mixer(mixers[name], state_size, feature_size, self.model)
+            if groups is not None:
+                follow_resize(groups, self.model, mixers[name].module, pairs)
         update_configs(self.model)
+        if self.engine is not None:
+            deepspeed.rebuild_optimizer(self.engine, groups, {})
         self.model.load_state_dict(snapshot["model"])
+        if self.engine is not None:
+            deepspeed.restore_parts(self.engine, snapshot["optimizer"])
         if self.optimizer is not None:
             # Only the moments go back: the learning rate has moved on with the schedule.
             for parameter, state in zip(_parameters(self.optimizer), snapshot["optimizer"], strict=True):
@@ -250,13 +287,51 @@ class Compressor:
     def can_take_back(self) -> bool:
         return self._snapshot is not None
 
+    @property
+    def optimizer_parameters(self) -> list[list[str]] | None:
+        """The names of the parameters in each group of the optimizer, for `write_record`; None without one."""
+        if self.optimizer is None:
+            return None
+        names = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        return [
+            [names.get(id(parameter), "") for parameter in group["params"]] for group in self.optimizer.param_groups
+        ]
+
+    def save_state(self, directory: str | Path) -> Continuation | None:
+        """`accelerator.save_state`, with the config and `compressm.json` beside it. Call it on every process.
+
+        If a plan waits for a checkpoint, this one is cut, and the command that goes on is printed.
+
+        Args:
+            directory: where to save; the cut checkpoint is put beside it, as `cut-` and its name.
+
+        Returns:
+            How to go on from the cut checkpoint, on every process; None if none was made: then just train on.
+
+        Raises:
+            RuntimeError: the Compressor was made without an Accelerator.
+        """
+        if self.accelerator is None:
+            raise RuntimeError("save_state needs the loop's Accelerator: Compressor(..., accelerator=accelerator)")
+        directory = Path(directory)
+        self.accelerator.save_state(directory)
+        self.processes.barrier()
+        with self.processes.all_or_none("writing the checkpoint"):
+            if self.processes.is_main:
+                save_config(self.model, directory)
+                write_record(self.history, directory, self.optimizer_parameters)
+                if self.plan_for_checkpoint is not None:
+                    cut_checkpoint(directory, self.plan_for_checkpoint, directory.parent, "--resume")
+        return Continuation.read(directory.parent) if self.plan_for_checkpoint is not None else None
+
     def state_dict(self) -> dict[str, Any]:
         """Where the schedule stands; for `accelerator.register_for_checkpointing(compressor)`."""
         return {
             "history": self.history,
             "global_step": self.global_step,
             "done_until": self._done_until,
-            "stopped": self.stopped,
+            # A cut that waits for a checkpoint is still to come in the checkpoint that is not cut.
+            "stopped": self.stopped and self.plan_for_checkpoint is None,
             "recording": self.recorder.active,
         }
 
@@ -289,14 +364,13 @@ class Compressor:
             stop_resizing_while_loading(self.model)
 
     def _repair_wrapper(self) -> None:
-        if self.ddp is not None and reducer_is_stale(self.ddp):
-            rebuild_reducer(self.ddp, [])
+        if kind_of(self.model, self.wrapper) == "DDP" and reducer_is_stale(self.wrapper):
+            rebuild_reducer(self.wrapper, [])
 
     @property
     def _size_at_first(self) -> int:
         """The state size before the first cut: what a target given as a fraction refers to."""
-        sizes = (layer["state_size_before"] for entry in self._cuts for layer in entry["layers"])
-        return max(sizes, default=self.state_size)
+        return largest_before_cuts(self.history) or self.state_size
 
     @property
     def _cuts(self) -> list[dict[str, Any]]:
@@ -322,14 +396,7 @@ class Compressor:
         return round_up(size, self.config.multiple_of)
 
     def _target_is_reached(self) -> bool:
-        if not self._cuts:
-            return False
-        mixers = find_mixers(self.model).values()
-        if self.config.state_bytes is not None:
-            return sum(mixer.state_size * mixer.bytes_per_state for mixer in mixers) <= self.config.state_bytes
-        if isinstance(self.config.state_size, list):
-            return [mixer.state_size for mixer in mixers] == self.config.state_size
-        return self.config.state_size is not None and self.state_size <= self._target()
+        return target_is_reached(self.config, self.history, list(find_mixers(self.model).values()))
 
     def _next_size(self, remaining: int) -> int | list[int]:
         """Several cuts approach the target geometrically; each takes at least one state, or `multiple_of` of them."""
@@ -362,16 +429,15 @@ class Compressor:
         config = self.config
         if config.state_size is not None and (remaining > 1 or self._cuts):
             config = dataclasses.replace(config, state_size=self._next_size(remaining))
-        plan = plan_compression(self.model, statistics, config, across_processes=True)
-        device = next(self.model.parameters()).device
-        plan = CompressionPlan.from_bytes(broadcast_bytes(plan.to_bytes(), device))
-        check_same_everywhere(plan.digest(), "the plan", device)
+        plan = plan_compression(self.wrapped, statistics, config, processes=self.processes)
+        self.processes.check_same(plan.digest(), "the plan")
         return plan
 
     def _apply(self, plan: CompressionPlan, seconds: dict[str, float]) -> CompressionReport:
-        batch = first_rows(self.recorder.batches[-1], CHECK_TOKENS)
-        with _timed(seconds, "check"):
-            before = compare_outputs(self.model, batch)
+        # In a data-parallel run, a process may have seen no batch of late.
+        batch = first_rows(self.recorder.batches[-1], CHECK_TOKENS) if self.recorder.batches else None
+        with _timed(seconds, "check"), self.processes.all_or_none("comparing the outputs before and after the cut"):
+            before = (None, None) if batch is None else compare_outputs(self.model, batch)
         snapshot = None
         if self.config.pragmatic:
             with _timed(seconds, "snapshot"):
@@ -381,13 +447,19 @@ class Compressor:
             if self.optimizer is not None:
                 check_optimizer(self.model, self.optimizer)
         self._snapshot = snapshot
-        with _timed(seconds, "check"):
-            loss_after, divergence = compare_outputs(self.model, batch, before)
+        with _timed(seconds, "check"), self.processes.all_or_none("comparing the outputs before and after the cut"):
+            loss_after, divergence = (None, None) if batch is None else compare_outputs(self.model, batch, before)
         report.step = self.global_step
         report.seconds = seconds
-        report.loss_before, report.loss_after = _mean_over_processes(before[0]), _mean_over_processes(loss_after)
-        report.kl_divergence = _mean_over_processes(divergence)
+        report.loss_before, report.loss_after = self._mean(before[0]), self._mean(loss_after)
+        report.kl_divergence = self._mean(divergence)
         return report
+
+    def _mean(self, value: torch.Tensor | None) -> float | None:
+        """The mean over the processes that have a value."""
+        total = self.processes.total(0.0 if value is None else float(value))
+        count = self.processes.total(0.0 if value is None else 1.0)
+        return total / count if count else None
 
     def _take_snapshot(self) -> dict[str, Any]:
         return {
@@ -396,7 +468,9 @@ class Compressor:
                 for name, mixer in find_mixers(self.model).items()
             },
             "model": {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()},
-            "optimizer": self.optimizer
+            "optimizer": deepspeed.parts_on_host(self.engine)
+            if self.engine is not None
+            else self.optimizer
             and [
                 {key: _to_host(value) for key, value in self.optimizer.state.get(parameter, {}).items()}
                 for parameter in _parameters(self.optimizer)
@@ -411,8 +485,7 @@ class Compressor:
 
     def _gathered_tokens(self) -> int:
         """Tokens recorded on all processes. A collective: every process must come to the same decision."""
-        own = torch.tensor(self.recorder.tokens // world_size(), device=next(self.model.parameters()).device)
-        return int(sum_over_processes(own))
+        return int(self.processes.total(self.recorder.tokens // self.processes.size))
 
     def _record_if_soon_due(self) -> None:
         """Record inputs only over the last steps before a cut: a copy to the host makes a GPU wait."""
@@ -431,23 +504,15 @@ class Compressor:
         if self._optimizer_checked or self.optimizer is None:
             return
         self._optimizer_checked = True
-        first = torch.zeros(1, dtype=torch.int64)
         for name, mixer in find_mixers(self.model).items():
             for axis in mixer.layout.state_axes(mixer.module):
                 label = f"{name}: {axis.parameter}"
-                sliced_state(self.optimizer, axis.tensor, label, axis.dim, first)
+                check_state(self.optimizer, axis.tensor, label, axis.dim)
 
     def _follow_resize(self, mixer: Mixer, pairs: ParameterPairs) -> None:
         """Weights of another size were loaded: the optimizer takes the new parameters, without moments."""
-        if self.optimizer is None:
-            return
-        for old, new in pairs:
-            if new is None:
-                remove_parameter(self.optimizer, old)
-            elif old is not None:
-                replace_parameter(self.optimizer, old, new, None)
-        added = [new for old, new in pairs if old is None]
-        add_parameters(self.optimizer, self.model, mixer.module, added)
+        if self.optimizer is not None:
+            follow_resize(self.optimizer, self.model, mixer.module, pairs)
 
 
 @contextmanager
@@ -457,12 +522,6 @@ def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     seconds[part] = seconds.get(part, 0.0) + time.perf_counter() - start
-
-
-def _mean_over_processes(value: torch.Tensor | None) -> float | None:
-    if value is None:
-        return None
-    return float(sum_over_processes(value.detach().float().clone())) / world_size()
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

@@ -10,6 +10,8 @@ from typing import Any
 
 from transformers.utils import logging
 
+from .files import write_file
+
 logger = logging.get_logger(__name__)
 
 SCHEDULES = ("one_cut", "compressm")
@@ -58,8 +60,8 @@ class CompreSSMConfig:
     )
     state_bytes: int | None = _option(
         None,
-        "Bytes that the recurrent state of one sequence may take in all projected layers together, in the model's "
-        "dtype; shared out so that the sum of the layers' squared errors is the least.",
+        "Bytes that the recurrent state of one sequence may take in all projected layers together (caches hold it in "
+        "float32); shared out so that the sum of the layers' squared errors is the least.",
     )
     realization: str = _option(
         "stock",
@@ -209,7 +211,7 @@ class CompreSSMConfig:
 
     def save(self, path: str | Path) -> None:
         """Write the config as a JSON file."""
-        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        write_file(Path(path), json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> CompreSSMConfig:

@@ -173,6 +173,12 @@ def project(features: torch.Tensor, projection: torch.Tensor, groups: int) -> to
 class ProjectedModel:
     """What the model classes have on top of the stock classes that they are derived from."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if is_fully_sharded(cls):
+            # Saving would copy torch's file for it; this one is saved with the config.
+            cls._auto_class = None
+
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         check_config(config)
         config.auto_map = auto_map(type(config))
@@ -254,8 +260,10 @@ def project_mixer(mixer: nn.Module, rank: int) -> None:
     """
     shape = (mixer.ssm_state_size, mixer.n_groups * rank)
     mixer.__class__ = projected_class(type(mixer))
-    mixer.B_projection = nn.Parameter(mixer.in_proj.weight.new_empty(shape))
-    mixer.C_projection = nn.Parameter(mixer.in_proj.weight.new_empty(shape))
+    weight = mixer.in_proj.weight
+    for name in PROJECTIONS:
+        # Plain ones, also where the weight is sharded.
+        setattr(mixer, name, nn.Parameter(torch.empty(shape, dtype=weight.dtype, device=weight.device)))
     mixer.ssm_state_size = rank
 
 
@@ -279,6 +287,8 @@ def projected_class(stock: type) -> type:
     """
     if issubclass(stock, (ProjectedMixer, ProjectedModel, ProjectedConfig)):
         return stock
+    if is_fully_sharded(stock):
+        return fully_sharded_class(projected_class(stock.__bases__[1]), stock)
     if stock not in PROJECTED_CLASSES:
         content: dict[str, Any] = {"__module__": stock.__module__, "_auto_class": None}
         if issubclass(stock, PreTrainedModel):
@@ -315,8 +325,25 @@ def share_weight_conversions(stock: str, projected: str) -> None:
 
 def stock_class(projected: type) -> type:
     """The stock class that a projected one is derived from; a stock class is its own."""
-    is_projected = issubclass(projected, (ProjectedMixer, ProjectedModel, ProjectedConfig))
-    return projected.__bases__[1] if is_projected else projected
+    if not issubclass(projected, (ProjectedMixer, ProjectedModel, ProjectedConfig)):
+        return projected
+    if is_fully_sharded(projected):
+        return fully_sharded_class(stock_class(projected.__bases__[1]), projected)
+    return projected.__bases__[1]
+
+
+def is_fully_sharded(cls: type) -> bool:
+    """Whether torch's `fully_shard` made a class: each module that it shards gets one, with FSDPModule in front."""
+    return cls.__bases__[0].__name__ == "FSDPModule"
+
+
+def fully_sharded_class(inner: type, like: type) -> type:
+    """What `fully_shard` makes of a class; `like` is what it made of another."""
+    FULLY_SHARDED_CLASSES.setdefault(like.__bases__[1], like)
+    if inner not in FULLY_SHARDED_CLASSES:
+        content = {"__deepcopy__": like.__deepcopy__, "__module__": like.__module__}
+        FULLY_SHARDED_CLASSES[inner] = type(f"FSDP{inner.__name__}", (like.__bases__[0], inner), content)
+    return FULLY_SHARDED_CLASSES[inner]
 
 
 class ProjectedConfig:
@@ -463,6 +490,8 @@ PROJECTED_CLASSES: dict[type, type] = {
     for cls in list(globals().values())
     if isinstance(cls, type) and cls.__name__.startswith("Compressm")
 }
+# A class, and what `fully_shard` makes of it.
+FULLY_SHARDED_CLASSES: dict[type, type] = {}
 MODEL_CLASSES = [cls for cls in PROJECTED_CLASSES.values() if issubclass(cls, PreTrainedModel)]
 CONFIG_CLASSES = [cls for cls in PROJECTED_CLASSES.values() if issubclass(cls, PreTrainedConfig)]
 

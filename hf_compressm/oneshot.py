@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .config import CompreSSMConfig
-from .plan import plan_compression
+from .planning import plan_compression
 from .report import CompressionReport
 from .statistics import measure
 from .surgery import compress_

@@ -15,6 +15,8 @@ from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 from torch.optim import Optimizer
 
+from .distributed.fsdp2 import full_tensor, is_made_of_plain_tensors, shard_like
+
 # State entries with one number per parameter entry (or, in Adafactor's factors, per row and per column).
 # Key → the optimizers that use it. An optimizer whose keys are not here is refused: add its keys if its state is
 # elementwise, or a factor that keeps the parameter's dimensions in order.
@@ -56,10 +58,26 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
     return optimizer
 
 
+def check_state(optimizer: Optimizer, old: nn.Parameter, name: str, dim: int) -> None:
+    """Check that `sliced_state` can carry what an optimizer keeps for a parameter; nothing is communicated.
+
+    Args:
+        optimizer, old, name, dim: as in `sliced_state`.
+
+    Raises:
+        TypeError: an entry that is not known to be sliceable.
+    """
+    for key, value in (optimizer.state.get(old) or {}).items():
+        _how_to_slice(optimizer, key, value, old, name, dim)
+
+
+@torch.no_grad()
 def sliced_state(
     optimizer: Optimizer, old: nn.Parameter, name: str, dim: int, index: torch.Tensor
 ) -> dict[str, Any] | None:
     """The optimizer's state of a parameter for the rows that stay; the optimizer is only read.
+
+    Where the entries are sharded, this is a collective: one after the other is gathered, sliced and sharded again.
 
     Args:
         optimizer: an unwrapped torch optimizer.
@@ -77,27 +95,41 @@ def sliced_state(
     state = optimizer.state.get(old)
     if not state:
         return None
-    return {key: _sliced(optimizer, key, value, old, name, dim, index) for key, value in state.items()}
+    check_state(optimizer, old, name, dim)
+    sliced = {}
+    for key, value in state.items():
+        how = _how_to_slice(optimizer, key, value, old, name, dim)
+        if how is None:
+            sliced[key] = value
+        elif how == "averaged over":
+            sliced[key] = shard_like(value, _factor_of_the_kept(key, value, state, index))
+        else:
+            sliced[key] = sliced_tensor(value, how, index)
+    return sliced
 
 
-def _sliced(
-    optimizer: Optimizer, key: str, value: Any, old: nn.Parameter, name: str, dim: int, index: torch.Tensor
-) -> Any:
+def sliced_tensor(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """`index_select`; of a sharded tensor, sharded in the same way."""
+    values = full_tensor(tensor)
+    return shard_like(tensor, values.index_select(dim, index.to(values.device)))
+
+
+def _how_to_slice(
+    optimizer: Optimizer, key: str, value: Any, old: nn.Parameter, name: str, dim: int
+) -> int | str | None:
+    """The dimension of a state entry that shrinks, or "averaged over"; None for an entry that stays as it is."""
     if value is None or isinstance(value, (bool, int, float)):
-        return value
-    problem = None
-    if type(value) is not torch.Tensor:
+        return None
+    if not isinstance(value, torch.Tensor) or not is_made_of_plain_tensors(value):
         problem = f"is a {type(value).__name__}"
     elif key in WHOLE_STATE and value.numel() == 1:
-        return value
+        return None
     elif key not in SLICED_STATE:
         problem = f"is an unknown tensor of shape {tuple(value.shape)}"
     else:
-        state_dim = _state_dim(key, value, old, dim)
-        if state_dim == "averaged over":
-            return _factor_of_the_kept(key, value, optimizer.state[old], index)
+        state_dim = dimension_in_state(key, value, old, dim)
         if state_dim is not None:
-            return value.index_select(state_dim, index.to(value.device))
+            return state_dim
         problem = f"has shape {tuple(value.shape)}, which does not fit the parameter's {tuple(old.shape)}"
     raise TypeError(
         f"optimizer {type(optimizer).__name__} cannot be carried through a cut: its state {key!r} of parameter {name} "
@@ -106,7 +138,7 @@ def _sliced(
     )
 
 
-def _state_dim(key: str, value: torch.Tensor, old: nn.Parameter, dim: int) -> int | str | None:
+def dimension_in_state(key: str, value: torch.Tensor, old: nn.Parameter, dim: int) -> int | str | None:
     """The dimension of a state entry that belongs to dimension `dim` of the parameter; None if nothing fits."""
     shape, last = old.shape, old.dim() - 1
     if value.shape == shape:
@@ -138,7 +170,7 @@ OTHER_FACTOR = {
 def _factor_of_the_kept(key: str, value: torch.Tensor, state: dict[str, Any], index: torch.Tensor) -> torch.Tensor:
     """A factor averaged over the dimension that shrinks: the average of the second moments that stay."""
     name, dim = OTHER_FACTOR[key]
-    other = state[name]
+    value, other = full_tensor(value), full_tensor(state[name])
     mean, mean_of_kept = (
         factor.mean(dim, keepdim=True) for factor in (other, other.index_select(dim, index.to(other.device)))
     )
@@ -188,3 +220,25 @@ def remove_parameter(optimizer: Optimizer, old: nn.Parameter) -> None:
     for group in optimizer.param_groups:
         group["params"] = [parameter for parameter in group["params"] if parameter is not old]
     optimizer.state.pop(old, None)
+
+
+def follow_resize(
+    optimizer: Optimizer,
+    model: nn.Module,
+    mixer: nn.Module,
+    pairs: list[tuple[nn.Parameter | None, nn.Parameter | None]],
+) -> None:
+    """Let an optimizer train a mixer that was given another size; what is new starts without moments.
+
+    Args:
+        optimizer: an unwrapped torch optimizer.
+        model: the bare model.
+        mixer: the module whose parameters were replaced, added and removed.
+        pairs: from `resize_mixer`.
+    """
+    for old, new in pairs:
+        if new is None:
+            remove_parameter(optimizer, old)
+        elif old is not None:
+            replace_parameter(optimizer, old, new, None)
+    add_parameters(optimizer, model, mixer, [new for old, new in pairs if old is None])

@@ -1,30 +1,20 @@
-"""The plan of a cut: what becomes of each layer's states. Pure data; making one touches no module."""
+"""The plan of a cut: what becomes of each layer's states. Pure data."""
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import nn
 from transformers.utils import logging
 
 from .config import CompreSSMConfig
-from .criteria import CRITERIA, hankel_singular_values
-from .distributed.ddp import unwrap
-from .elimination import eliminate
-from .mixers import Mixer, find_mixers, layers_by_config
+from .files import write_file
 from .modeling_compressm import PROJECTIONS
-from .projection import fit_projection, mean_field_error_curve, measured_error_curve, measured_hankel_values
-from .ranks import choose_state_sizes
-from .refit import fewest_tokens, refit_readout
-from .statistics import NonFiniteError, StateStatistics
 
 logger = logging.get_logger(__name__)
 
@@ -174,10 +164,9 @@ class CompressionPlan:
             path: a directory (made if missing), or the name of the JSON file.
         """
         json_file = _json_file(path)
-        json_file.parent.mkdir(parents=True, exist_ok=True)
-        safetensors.torch.save_file(self.tensors(), json_file.with_suffix(".safetensors"))
+        write_file(json_file.with_suffix(".safetensors"), safetensors.torch.save(self.tensors()))
         content = self.to_dict() | {"digest": self.digest()}
-        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        write_file(json_file, json.dumps(content, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> CompressionPlan:
@@ -249,267 +238,3 @@ def _digest(content: dict[str, Any], tensors: dict[str, torch.Tensor]) -> str:
 def _json_file(path: str | Path) -> Path:
     path = Path(path)
     return path if path.suffix == ".json" else path / "plan.json"
-
-
-def plan_compression(
-    model: nn.Module,
-    statistics: dict[str, StateStatistics],
-    config: CompreSSMConfig,
-    *,
-    across_processes: bool = False,
-) -> CompressionPlan:
-    """Decide which states of each layer stay, how many, and how the kept ones are read out.
-
-    The model is only read.
-
-    Args:
-        model: the model that the statistics were measured on.
-        statistics: from `measure`, with the recorded inputs.
-        config: the rules.
-        across_processes: refit on the inputs of all processes; all of them must call this.
-
-    Returns:
-        The plan. A measured rule (tolerance, hankel_tolerance) may find that nothing is worth cutting: then
-        `plan.changes` is empty.
-
-    Raises:
-        NonFiniteError: statistics or parameters hold NaN or infinity.
-        ValueError: statistics of other layers than the model has, or a target that is not below N.
-        TypeError: an unsupported mixer.
-    """
-    mixers = find_mixers(unwrap(model)[0])
-    _check_statistics(mixers, statistics)
-    check_list_of_sizes(config, mixers)
-    ranked = {name: _rank(mixers[name], layer, config) for name, layer in statistics.items()}
-    projected_curves = {
-        name: _projected_curve(mixers[name], layer, config, across_processes)
-        for name, layer in statistics.items()
-        if mixers[name].can_be_projected
-    }
-    sizes: dict[str, int] = {}
-    projected: set[str] = set()
-    # A budget is shared by all layers; other rules ask for the layers that must, or may, be alike.
-    together = [list(mixers)] if config.state_bytes is not None else layers_by_config(mixers)
-    for names in together:
-        chosen, is_projected = _choose(names, mixers, statistics, ranked, projected_curves, config)
-        sizes |= chosen
-        projected |= set(names) if is_projected else set()
-    layers = {}
-    for name, layer in statistics.items():
-        mixer, size = mixers[name], sizes[name]
-        if name in projected and (size < mixer.state_size or not mixer.is_projected):
-            plan = _plan_projection(mixer, layer, size, config, across_processes)
-            projected_curves[name] = plan.error_curve
-        else:
-            plan = _plan_selection(mixer, layer, ranked[name], size, config, across_processes)
-        expected = {"stock": float(ranked[name].curve[size])}
-        if name in projected_curves:
-            expected["projected"] = float(projected_curves[name][size])
-        layers[name] = dataclasses.replace(plan, expected_errors=expected)
-    tokens = int(next(iter(statistics.values())).tokens)
-    needed = max(fewest_tokens(layer.state_size_after, layer.state_size_before) for layer in layers.values())
-    if tokens < needed and config.refit_steps > 0 and any(layer.refit == "mean field" for layer in layers.values()):
-        logger.warning(
-            f"only {tokens} calibration tokens: the readout is refitted in the mean field; from {math.ceil(needed)} "
-            "tokens on it would be fitted to the outputs"
-        )
-    return CompressionPlan(layers, tokens, config)
-
-
-def _projected_curve(
-    mixer: Mixer, statistics: StateStatistics, config: CompreSSMConfig, across_processes: bool
-) -> torch.Tensor:
-    """What a projection is expected to cost; measured where a choice depends on it."""
-    chooses_a_size = config.tolerance is not None or config.state_bytes is not None
-    if config.realization != "stock" and chooses_a_size:
-        return measured_error_curve(mixer, statistics, across_processes=across_processes)
-    return mean_field_error_curve(statistics)
-
-
-def check_list_of_sizes(config: CompreSSMConfig, mixers: dict[str, Mixer]) -> None:
-    """Raise a ValueError if `state_size` is a list that does not have a number for each mixer."""
-    if isinstance(config.state_size, list) and len(config.state_size) != len(mixers):
-        raise ValueError(
-            f"state_size lists {len(config.state_size)} numbers, {config.state_size}, but the model has {len(mixers)} "
-            f"mixers: {', '.join(mixers)}"
-        )
-
-
-def _choose(
-    names: list[str],
-    mixers: dict[str, Mixer],
-    statistics: dict[str, StateStatistics],
-    ranked: dict[str, _Ranking],
-    projected_curves: dict[str, torch.Tensor],
-    config: CompreSSMConfig,
-) -> tuple[dict[str, int], bool]:
-    """The new sizes of layers that are decided on together, and whether they are projected."""
-    refused = [mixers[name] for name in names if not mixers[name].can_be_projected]
-    if must_project(config):
-        refuse_projection(refused)
-    numbers = {name: number for number, name in enumerate(mixers)}
-    # Only a stock model's config holds one number for all.
-    together = not any(mixers[name].is_projected for name in names)
-    is_projected = config.realization != "stock" and not refused
-    if is_projected:
-        sizes = choose_state_sizes(
-            config,
-            {name: projected_curves[name] for name in names},
-            {name: measured_hankel_values(statistics[name]) for name in names} if config.hankel_tolerance else {},
-            together=False,
-            numbers=numbers,
-            bytes_per_state={name: mixers[name].bytes_per_state for name in names},
-        )
-        shrinks = any(sizes[name] < mixers[name].state_size for name in names)
-        if not shrinks:
-            return sizes, False
-        largest = max(sizes.values())
-        near_lossless = together and all(float(ranked[name].curve[largest]) <= NEARLY_LOSSLESS for name in names)
-        if must_project(config) or not near_lossless:
-            return sizes, True
-        return dict.fromkeys(names, largest), False
-    return (
-        choose_state_sizes(
-            config,
-            {name: ranked[name].curve for name in names},
-            {name: hankel_singular_values(statistics[name]) for name in names} if config.hankel_tolerance else {},
-            together=together,
-        ),
-        False,
-    )
-
-
-def must_project(config: CompreSSMConfig) -> bool:
-    """Whether a config leaves no choice: only projected layers may have sizes of their own."""
-    return config.realization == "projected" or config.state_bytes is not None or isinstance(config.state_size, list)
-
-
-def refuse_projection(mixers: list[Mixer]) -> None:
-    """Raise a ValueError if there are any: these cannot be projected."""
-    for mixer in mixers:
-        raise ValueError(
-            f"layer {mixer.name}: {type(mixer.module).__name__} cannot be projected. In {mixer.layout.NAME}, each "
-            "channel's states decay at rates of their own, so a change of the state's basis does not commute with the "
-            "dynamics, and all channels share B and C. Use realization='stock' with one state_size: selection with "
-            "the refit of C loses little there"
-        )
-
-
-@dataclass(frozen=True)
-class _Ranking:
-    """States of a layer from the least to the most important, shape (groups, N); ε(r), shape (N + 1,)."""
-
-    criterion: str
-    refits: bool
-    order: torch.Tensor
-    curve: torch.Tensor
-
-
-def _rank(mixer: Mixer, statistics: StateStatistics, config: CompreSSMConfig) -> _Ranking:
-    refits = config.refit and mixer.layout.readout_axis(mixer.module) is not None
-    name = config.criterion
-    if name == "auto":
-        name = "refit" if refits else "ghost"
-    order = CRITERIA[name](statistics, config.seed).argsort(dim=-1, stable=True)
-    if refits:
-        _, squared = eliminate(statistics.state_gram[0], statistics.readout_gram[0], order[0])
-    else:
-        squared = _selection_error(statistics.contribution_gram.double().cpu(), order)
-    curve = torch.cat([torch.zeros(1, dtype=torch.float64), squared]).sqrt().flip(0)
-    return _Ranking(name, refits, order, curve)
-
-
-def _selection_error(contribution_gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Σ_{i,j removed} K_ij / Σ K after 1, …, N removals (without a refit), shape (N,); groups add up."""
-    sorted_gram = torch.stack([gram[rows][:, rows] for gram, rows in zip(contribution_gram, order, strict=True)])
-    removed = sorted_gram.cumsum(-1).cumsum(-2).diagonal(dim1=-2, dim2=-1).sum(0)
-    return (removed / removed[-1].clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(0)
-
-
-def _plan_selection(
-    mixer: Mixer,
-    statistics: StateStatistics,
-    ranking: _Ranking,
-    size: int,
-    config: CompreSSMConfig,
-    across_processes: bool,
-) -> LayerPlan:
-    kept = ranking.order[:, statistics.state_size - size :].sort(dim=-1).values
-    readout, method, error = None, "none", float(ranking.curve[size])
-    if size == statistics.state_size:
-        error = 0.0
-    elif ranking.refits:
-        result = refit_readout(
-            mixer,
-            statistics,
-            kept[0],
-            steps=config.refit_steps,
-            penalty=config.refit_penalty,
-            across_processes=across_processes,
-        )
-        readout, method, error = result.matrix, result.method, result.relative_error
-    return LayerPlan(
-        mixer_class=type(mixer.module).__name__,
-        state_size_before=statistics.state_size,
-        kept=kept,
-        readout=readout,
-        criterion=ranking.criterion,
-        refit=method,
-        relative_error=error,
-        error_curve=[round(value, 8) for value in ranking.curve.tolist()],
-        groups=mixer.groups,
-    )
-
-
-def _plan_projection(
-    mixer: Mixer,
-    statistics: StateStatistics,
-    size: int,
-    config: CompreSSMConfig,
-    across_processes: bool,
-) -> LayerPlan:
-    result = fit_projection(
-        mixer, statistics, size, rounds=config.projection_rounds, across_processes=across_processes
-    )
-    return LayerPlan(
-        mixer_class=type(mixer.module).__name__,
-        state_size_before=statistics.state_size,
-        kept=None,
-        readout=None,
-        criterion="balanced truncation",
-        refit=result.method,
-        relative_error=result.relative_error,
-        error_curve=[round(value, 8) for value in result.error_curve.tolist()],
-        B_projection=result.B_projection,
-        C_projection=result.C_projection,
-        hankel_values=result.hankel_values.tolist(),
-        groups=mixer.groups,
-    )
-
-
-def _check_statistics(mixers: dict[str, Mixer], statistics: dict[str, StateStatistics]) -> None:
-    missing, unknown = sorted(set(mixers) - set(statistics)), sorted(set(statistics) - set(mixers))
-    if missing or unknown:
-        raise ValueError(
-            f"statistics and model do not match: layers without statistics {missing}, statistics without a layer "
-            f"{unknown}"
-        )
-    for name, layer in statistics.items():
-        mixer = mixers[name]
-        if layer.state_size != mixer.state_size:
-            raise ValueError(
-                f"layer {name}: statistics were measured at state_size {layer.state_size}, "
-                f"but the model has {mixer.state_size}; measure again"
-            )
-        if layer.tokens == 0:
-            raise ValueError(f"layer {name}: the statistics hold no real token")
-        for axis in mixer.layout.state_axes(mixer.module):
-            if not torch.isfinite(axis.tensor).all():
-                raise NonFiniteError(
-                    f"layer {name}: parameter {axis.parameter} holds NaN or infinity; nothing was cut"
-                )
-        if not layer.is_finite():
-            raise NonFiniteError(
-                f"layer {name}: the statistics hold NaN or infinity; nothing was cut. Look for a diverged run or for "
-                "overflow in float16"
-            )

@@ -13,13 +13,12 @@ least-squares problem when the other is fixed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from transformers.utils import logging
 
-from .distributed.collectives import summation
 from .hankel import Balanced, balance
 from .least_squares import conjugate_gradients, with_ridge
 from .mixers import Mixer, stream_states
@@ -74,7 +73,7 @@ def mean_field_error_curve(statistics: StateStatistics) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measured_error_curve(mixer: Mixer, statistics: StateStatistics, *, across_processes: bool = False) -> torch.Tensor:
+def measured_error_curve(mixer: Mixer, statistics: StateStatistics) -> torch.Tensor:
     """The relative error of balanced truncation on the recorded inputs with r = 0 … N states, shape (N + 1,).
 
     It is measured up to the number of balanced coordinates that a fit looks at; from there on the mean field's curve
@@ -93,8 +92,7 @@ def measured_error_curve(mixer: Mixer, statistics: StateStatistics, *, across_pr
         cross += parts.T @ (y[..., None] * root).flatten()
         contributions += parts.T @ parts
         energy += (weight * y.square()).sum()
-    total = summation(across_processes)
-    return _error_curve(total(cross), total(contributions), total(energy), statistics)
+    return _error_curve(cross, contributions, energy, statistics)
 
 
 def _error_curve(
@@ -122,9 +120,7 @@ def measured_hankel_values(statistics: StateStatistics) -> torch.Tensor:
 
 
 @torch.no_grad()
-def fit_projection(
-    mixer: Mixer, statistics: StateStatistics, rank: int, *, rounds: int, across_processes: bool = False
-) -> Projection:
+def fit_projection(mixer: Mixer, statistics: StateStatistics, rank: int, *, rounds: int) -> Projection:
     """Find the projection to `rank` states that best reproduces a layer's output on its recorded inputs.
 
     Args:
@@ -133,39 +129,37 @@ def fit_projection(
         rank: r, the states that each group keeps.
         rounds: how often W and V take turns; 0 keeps the balanced truncation, as does an error of it that is too large
             to be mended.
-        across_processes: fit on the inputs of all processes; all of them must call this.
     """
-    total = summation(across_processes)
     size, groups = statistics.state_size, statistics.groups
     balanced = balance(statistics.state_gram, statistics.readout_gram)
     if rank == size:
         # Exact, also in directions that these inputs did not reach.
         unit = torch.eye(size).repeat(1, groups)
-        curve = measured_error_curve(mixer, statistics, across_processes=across_processes)
+        curve = measured_error_curve(mixer, statistics)
         return Projection(unit, unit.clone(), 0.0, "none", curve, balanced.singular_values)
     W, V = _fill_up(mixer.name, balanced, rank)
     coordinates = min(size, max(FEWEST_COORDINATES, 4 * rank))
     W, V = W[..., :coordinates], V[..., :coordinates]
     tokens = _token_sums(mixer, statistics, W, V)
     curve = _error_curve(
-        total((tokens.c * tokens.p).sum((0, 1), dtype=torch.float64)),
-        total(torch.einsum("tgi,tgij,tgj->ij", tokens.c, tokens.gram, tokens.c)),
-        total(tokens.energy.sum(dtype=torch.float64)),
+        (tokens.c * tokens.p).sum((0, 1), dtype=torch.float64),
+        torch.einsum("tgi,tgij,tgj->ij", tokens.c, tokens.gram, tokens.c),
+        tokens.energy.sum(dtype=torch.float64),
         statistics,
     )
     if curve[rank] > LARGEST_ERROR_TO_FIT:
         rounds = 0
-    energy, error, columns = total(tokens.energy.sum(dtype=torch.float64)), 0.0, []
+    energy, error, columns = tokens.energy.sum(dtype=torch.float64), 0.0, []
     for group in range(groups):
         part = tokens.of_group(group)
         left = right = torch.eye(coordinates, rank, dtype=torch.float64)
-        fits = [(total(part.error(left, right)), left, right)]
+        fits = [(part.error(left, right), left, right)]
         # A group that passes nothing on has nothing to fit.
         if balanced.numerical_rank[group] > 0:
             for _ in range(rounds):
-                right = _solve(part, left, right, balanced.singular_values[group], total, solve_for="right")
-                left = _solve(part, left, right, balanced.singular_values[group], total, solve_for="left")
-                fits.append((total(part.error(left, right)), left, right))
+                right = _solve(part, left, right, balanced.singular_values[group], solve_for="right")
+                left = _solve(part, left, right, balanced.singular_values[group], solve_for="left")
+                fits.append((part.error(left, right), left, right))
         best, left, right = min(fits, key=lambda fit: float(fit[0]))
         error = error + best
         columns.append((W[group] @ left, V[group] @ right))
@@ -256,7 +250,6 @@ def _solve(
     left: torch.Tensor,
     right: torch.Tensor,
     singular_values: torch.Tensor,
-    total: Callable[[torch.Tensor], torch.Tensor],
     solve_for: str,
 ) -> torch.Tensor:
     """The better right (V) for a fixed left (W), or the other way round, by preconditioned conjugate gradients.
@@ -272,28 +265,27 @@ def _solve(
         start = right
         L = left.float()
         grams, rhs = L.T @ gram @ L, c.T @ (p @ left)
-        small = total(grams.sum(0).double())
+        small = grams.sum(0).double()
 
         def apply(X: torch.Tensor) -> torch.Tensor:
             return c.T @ (grams @ (c @ X).float()[..., None]).squeeze(-1).double()
     else:
         start = left
         z = c @ right
-        rhs, small = p.T @ z, total(z.T @ z)
+        rhs, small = p.T @ z, z.T @ z
 
         def apply(X: torch.Tensor) -> torch.Tensor:
             return tokens.times_gram((z @ X.T).float()).double().T @ z
 
-    count = total(torch.tensor(float(len(c)), dtype=torch.float64, device=c.device))
-    small = small / count
+    small = small / len(c)
     scale = PENALTY * rows * small.diagonal()
     inverse = torch.linalg.inv(with_ridge(small, PRECONDITIONER_RIDGE))
     row_scale = rows + PRECONDITIONER_RIDGE * rows.mean()
 
     def operator(X: torch.Tensor) -> torch.Tensor:
-        return total(apply(X)) + scale * X
+        return apply(X) + scale * X
 
-    residual = total(rhs) + scale * start - operator(start)
+    residual = rhs + scale * start - operator(start)
     return conjugate_gradients(
         operator, residual, start, lambda residual: residual @ inverse / row_scale, STEPS_PER_ROUND
     ).cpu()

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from .config import KERNEL_SIZES, CompreSSMConfig, is_whole
+from .mixers import Mixer
 
 
 def states_for_tolerance(error_curve: torch.Tensor, tolerance: float) -> int:
@@ -189,6 +191,24 @@ def fixed_state_size(target: int | float | list[int], present: int) -> int:
     if isinstance(target, list):
         return max(target)
     return target if is_whole(target) else max(1, round(target * present))
+
+
+def target_is_reached(config: CompreSSMConfig, history: list[dict[str, Any]], mixers: list[Mixer]) -> bool:
+    """Whether the cuts of a history left mixers as few states as a fixed target asks for; never for measured rules."""
+    sizes, before = [mixer.state_size for mixer in mixers], largest_before_cuts(history)
+    if before is None:
+        return False
+    if config.state_bytes is not None:
+        return sum(mixer.state_size * mixer.bytes_per_state for mixer in mixers) <= config.state_bytes
+    if config.state_size is None or isinstance(config.state_size, list):
+        return sizes == config.state_size
+    return max(sizes) <= round_up(fixed_state_size(config.state_size, before), config.multiple_of)
+
+
+def largest_before_cuts(history: list[dict[str, Any]]) -> int | None:
+    """The largest state size before the first cut, which a target given as a fraction refers to; None without cuts."""
+    cuts = [entry["layers"] for entry in history if entry["status"] == "cut"]
+    return max((layer["state_size_before"] for layers in cuts for layer in layers), default=None)
 
 
 def round_up(size: int, multiple: int | str) -> int:

@@ -10,12 +10,10 @@ G_t = Σ_d w h_S h_Sᵀ (r×r) and p_t = Σ_d w e h_S, with e the error at M₀:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from .distributed.collectives import summation
 from .least_squares import conjugate_gradients, with_ridge
 from .mixers import Mixer, stream_states
 from .statistics import StateStatistics
@@ -75,7 +73,6 @@ def refit_readout(
     *,
     steps: int,
     penalty: float,
-    across_processes: bool = False,
 ) -> Readout:
     """Find the readout of the kept states that best reproduces a layer's output on its recorded inputs.
 
@@ -85,19 +82,17 @@ def refit_readout(
         kept: the states that stay, shape (r,).
         steps: the most conjugate-gradient steps; with 0, or with too few tokens, the mean field stays.
         penalty: λ.
-        across_processes: fit on the inputs of all processes; all of them must call this.
     """
     start = mean_field_readout(statistics.state_gram[0], kept)
     system = _token_systems(mixer, statistics, kept, start)
-    total = summation(across_processes)
-    energy, error = total(system.energy.sum()), total(system.error.sum())
+    energy, error = system.energy.sum(), system.error.sum()
     change, method = torch.zeros_like(start), "mean field"
     if steps > 0 and statistics.tokens >= fewest_tokens(len(kept), statistics.state_size) and error > 0:
         tokens = statistics.tokens.double().cpu()
         H_SS = statistics.state_gram[0].double().cpu()[kept][:, kept]
         omega = statistics.readout_gram[0].double().cpu() / tokens
-        fitted = _fit(system, H_SS, omega, steps, penalty, total)
-        fitted_error = total(system.error_after(fitted))
+        fitted = _fit(system, H_SS, omega, steps, penalty)
+        fitted_error = system.error_after(fitted)
         if fitted_error < error:
             change, error, method = fitted.cpu(), fitted_error, "conjugate gradients"
     relative = (error.clamp_min(0) / energy.clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()
@@ -150,14 +145,7 @@ def _token_systems(
     return _TokenSystems(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _fit(
-    system: _TokenSystems,
-    H_SS: torch.Tensor,
-    omega: torch.Tensor,
-    steps: int,
-    penalty: float,
-    total: Callable[[torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
+def _fit(system: _TokenSystems, H_SS: torch.Tensor, omega: torch.Tensor, steps: int, penalty: float) -> torch.Tensor:
     """M − M₀ after the given number of steps, shape (r, N), float64, on the system's device.
 
     Only the products with each token's Gram matrix are in float32. In float32 throughout, the steps would amplify the
@@ -172,8 +160,8 @@ def _fit(
     def apply(D: torch.Tensor) -> torch.Tensor:
         v = (C @ D.T).float()
         Gv = (system.gram @ v[..., None]).squeeze(-1)
-        return total(Gv.double().T @ C) + penalty * scale * (D @ omega)
+        return Gv.double().T @ C + penalty * scale * (D @ omega)
 
     start = torch.zeros(len(left), len(right), dtype=torch.float64, device=device)
-    rhs = total(system.p.double().T @ C)
+    rhs = system.p.double().T @ C
     return conjugate_gradients(apply, rhs, start, lambda residual: left @ residual @ right, steps)

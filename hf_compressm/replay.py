@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .distributed.collectives import world_size
+from .distributed.wrappers import after_evaluation
 
 # What only a loss needs. They are left out when a batch is replayed for its states, if the model can do without.
 LOSS_ARGUMENTS = ("labels", "num_items_in_batch", "return_loss")
@@ -27,10 +27,12 @@ class InputRecorder:
     Args:
         model: the bare model.
         tokens: how many tokens (batch × length, over all processes) are wanted; older batches are dropped.
+        processes: how many processes train the model; each is taken to see as many tokens as this one.
     """
 
-    def __init__(self, model: nn.Module, tokens: int) -> None:
+    def __init__(self, model: nn.Module, tokens: int, processes: int = 1) -> None:
         self.wanted_tokens = tokens
+        self.processes = processes
         self.active = True
         self.tokens_per_forward = 0
         self.batches: deque[dict[str, Any]] = deque()
@@ -52,17 +54,17 @@ class InputRecorder:
                 "record them by; pass them by keyword"
             )
         batch = dict(zip(self._names, args, strict=False)) | kwargs
-        self.tokens_per_forward = count_tokens(batch) * world_size()
+        self.tokens_per_forward = count_tokens(batch) * self.processes
         if not self.active:
             return
         self.batches.append(to_device(batch, torch.device("cpu")))
-        while self.tokens - count_tokens(self.batches[0]) * world_size() >= self.wanted_tokens:
+        while self.tokens - count_tokens(self.batches[0]) * self.processes >= self.wanted_tokens:
             self.batches.popleft()
 
     @property
     def tokens(self) -> int:
-        """Tokens kept at present, over all processes (each is taken to see as many as this one)."""
-        return sum(map(count_tokens, self.batches)) * world_size()
+        """Tokens kept at present, over all processes."""
+        return sum(map(count_tokens, self.batches)) * self.processes
 
     def remove(self) -> None:
         self._handle.remove()
@@ -102,6 +104,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
+        after_evaluation(model)
 
 
 def _without_compiled_code() -> contextlib.AbstractContextManager:
@@ -113,13 +116,14 @@ def _compiler_is_loaded() -> bool:
     return "torch._dynamo" in sys.modules
 
 
-def replay(model: nn.Module, batch: Any, *, logits: bool) -> Any:
+def replay(model: nn.Module, batch: Any, *, logits: bool, through: nn.Module | None = None) -> Any:
     """Run one batch through a model.
 
     Args:
         model: the bare model.
         batch: a dictionary of keyword arguments, a tuple of positional ones, or one tensor.
         logits: whether the outputs are wanted. If not, labels are left out and language models make one logit only.
+        through: the wrapper to call in the model's place, if it cannot be called itself.
 
     Returns:
         The model's output.
@@ -130,7 +134,7 @@ def replay(model: nn.Module, batch: Any, *, logits: bool) -> Any:
     if isinstance(batch, torch.Tensor):
         batch = (batch,)
     if not isinstance(batch, Mapping):
-        return model(*batch)
+        return (through or model)(*batch)
     arguments = dict(batch)
     optional = {name for name, parameter in parameters.items() if parameter.default is not inspect.Parameter.empty}
     if "use_cache" in optional:
@@ -142,7 +146,7 @@ def replay(model: nn.Module, batch: Any, *, logits: bool) -> Any:
                 arguments.pop(name, None)
         if "logits_to_keep" in optional:
             arguments["logits_to_keep"] = 1
-    return model(**arguments)
+    return (through or model)(**arguments)
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .distributed.collectives import is_main_process, sum_over_processes
-from .distributed.ddp import unwrap
+from .distributed.processes import ALONE, NonFiniteError, Processes
+from .distributed.wrappers import is_sharded, runner, unwrap, whole_module
 from .mixers import Mixer, find_mixers, stream_states
 from .replay import evaluation_mode, replay
 
@@ -20,8 +21,10 @@ from .replay import evaluation_mode, replay
 GRAM_ELEMENTS = 2**22
 
 
-class NonFiniteError(RuntimeError):
-    """Statistics or parameters hold NaN or infinity: nothing can be decided on them."""
+__all__ = ["NonFiniteError", "StateStatistics", "measure"]
+
+# Hidden states (batch, length, hidden), and their mask (batch, length) or None.
+MixerInput = tuple[torch.Tensor, torch.Tensor | None]
 
 
 @dataclass
@@ -38,7 +41,9 @@ class StateStatistics:
         B_sum, C_sum: Σ_t B_t and Σ_t C_t, shape (groups, N).
         A: the decay rates, shape (groups, channels, N or 1).
         B_norm, C_norm: norms of the parameter rows that make B_t and C_t, shape (groups, N).
-        inputs: the mixer's inputs, on the host: pairs of hidden states (batch, length, hidden) and their mask or None.
+        inputs: the mixer's inputs in this process, on the host: pairs of hidden states (batch, length, hidden) and
+            their mask or None.
+        mixer: where the model's parameters are sharded, the mixer with whole ones, on the process that owns the layer.
     """
 
     tokens: torch.Tensor
@@ -52,7 +57,8 @@ class StateStatistics:
     A: torch.Tensor
     B_norm: torch.Tensor
     C_norm: torch.Tensor
-    inputs: list[tuple[torch.Tensor, torch.Tensor | None]] = field(default_factory=list)
+    inputs: list[MixerInput] = field(default_factory=list)
+    mixer: Mixer | None = None
 
     @property
     def state_size(self) -> int:
@@ -104,8 +110,9 @@ class StateStatistics:
     @torch.no_grad()
     def update(self, mixer: Mixer, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> None:
         """Add the tokens of one input of the mixer, shape (batch, length, hidden), and keep the input on the host."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            inputs = mixer.layout.scan_inputs(mixer.module, hidden_states.detach(), attention_mask)
+        device = self.state_gram.device
+        with torch.autocast(device.type, enabled=False):
+            inputs = mixer.layout.scan_inputs(mixer.module, hidden_states.detach().to(device), attention_mask)
             mask = inputs.mask
             B, C = inputs.B * mask[..., None, None], inputs.C * mask[..., None, None]
             self.tokens += mask.sum()
@@ -141,7 +148,7 @@ def measure(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    across_processes: bool = False,
+    processes: Processes = ALONE,
     show_progress: bool = False,
 ) -> dict[str, StateStatistics]:
     """Run batches through a model and gather the statistics of each of its mixers.
@@ -149,9 +156,9 @@ def measure(
     The model runs in eval mode and without gradients; its modes are put back. Labels are not needed.
 
     Args:
-        model: the model, bare or as torch.compile or DDP wrapped it.
+        model: the model, bare or as torch.compile, DDP, FSDP or DeepSpeed wrapped it.
         batches: dictionaries of keyword arguments, tuples of positional ones, or tensors of input ids.
-        across_processes: sum the statistics over all processes of torch.distributed; all of them must call this.
+        processes: those that train the model; the statistics are summed over them, and all of them must call this.
         show_progress: show a progress bar on the main process.
 
     Returns:
@@ -160,6 +167,7 @@ def measure(
     Raises:
         ValueError: no mixer, no batch, or nothing but padding.
         TypeError: an unsupported mixer.
+        What one process raises, all of them raise.
 
     Example:
         >>> from transformers import MambaConfig, MambaForCausalLM
@@ -168,37 +176,65 @@ def measure(
         >>> statistics["backbone.layers.0.mixer"].tokens.item()
         12.0
     """
-    model, _ = unwrap(model)
-    mixers = find_mixers(model)
-    statistics = {name: StateStatistics.empty(mixer) for name, mixer in mixers.items()}
-    with _observed(mixers, statistics), evaluation_mode(model):
-        for batch in tqdm(batches, desc="measuring states", disable=not (show_progress and is_main_process())):
-            replay(model, batch, logits=False)
-    if across_processes:
-        for layer in statistics.values():
-            for tensor in layer.sums:
-                sum_over_processes(tensor)
-    for name, layer in statistics.items():
+    bare, wrapper = unwrap(model)
+    mixers, sharded = find_mixers(bare), is_sharded(bare, wrapper)
+    inputs: dict[str, list[MixerInput]] = {name: [] for name in mixers}
+    if sharded:
+        batches = _in_step(list(batches), processes)
+    progress = tqdm(batches, desc="measuring states", disable=not (show_progress and processes.is_main))
+    # In a sharded model, a process that fails leaves the others waiting in a forward pass, until torch's time-out.
+    with processes.all_or_none("running the model"), evaluation_mode(bare):
+        for batch in progress:
+            counts = not isinstance(batch, _Again)
+            with _recording(mixers, inputs) if counts else contextlib.nullcontext():
+                replay(bare, batch if counts else batch.batch, logits=False, through=runner(bare, wrapper))
+    statistics = {}
+    for number, (name, mixer) in enumerate(mixers.items()):
+        whole = dataclasses.replace(mixer, module=whole_module(mixer.module, bare, wrapper))
+        with processes.all_or_none(f"measuring the states of layer {name}"):
+            layer = StateStatistics.empty(whole)
+            for hidden_states, mask in inputs.pop(name):
+                layer.update(whole, hidden_states, mask)
+        processes.sum(layer.sums)
         if layer.tokens == 0:
             raise ValueError(f"layer {name}: saw no real token; give at least one batch that is not all padding")
+        if sharded and processes.owns(number):
+            layer.mixer = whole
+        statistics[name] = layer
     return statistics
 
 
+@dataclass(frozen=True)
+class _Again:
+    """A batch that is only run to keep the other processes company."""
+
+    batch: Any
+
+
+def _in_step(batches: list[Any], processes: Processes) -> list[Any]:
+    """As many batches on every process: a sharded model's forward passes are run by all of them together."""
+    counts = [int(data) for data in processes.all_gather(str(len(batches)).encode())]
+    if min(counts) == 0:
+        raise ValueError(
+            f"the processes have {counts} batches to measure on; a sharded model runs on all of them together, so "
+            "each needs at least one"
+        )
+    return batches + [_Again(batches[-1])] * (max(counts) - len(batches))
+
+
 @contextlib.contextmanager
-def _observed(mixers: Mapping[str, Mixer], statistics: Mapping[str, StateStatistics]) -> Iterator[None]:
-    """Within this context, every input of a mixer is added to its statistics."""
+def _recording(mixers: Mapping[str, Mixer], inputs: dict[str, list[MixerInput]]) -> Iterator[None]:
+    """Within this context, every input of a mixer is kept, on the host."""
 
-    def observer(mixer: Mixer, layer: StateStatistics):
-        def observe(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def keep(name: str):
+        def hook(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            mask = kwargs.get("attention_mask")
             hidden_states = args[0] if args else kwargs["hidden_states"]
-            layer.update(mixer, hidden_states, kwargs.get("attention_mask"))
+            inputs[name].append((hidden_states.detach().cpu(), None if mask is None else mask.detach().cpu()))
 
-        return observe
+        return hook
 
-    handles = [
-        mixer.module.register_forward_pre_hook(observer(mixer, statistics[name]), with_kwargs=True)
-        for name, mixer in mixers.items()
-    ]
+    handles = [mixer.module.register_forward_pre_hook(keep(name), with_kwargs=True) for name, mixer in mixers.items()]
     try:
         yield
     finally:

@@ -7,15 +7,28 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from .distributed.ddp import rebuild_reducer, unwrap
+from .distributed import deepspeed, fsdp2
+from .distributed.ddp import rebuild_reducer
+from .distributed.processes import ALONE
+from .distributed.wrappers import processes_of, unwrap, why_not_in_process, zero_engine
 from .mixers import Mixer, StateAxis, find_mixers, layers_by_config
 from .mixers.resize import project_in_place, update_configs
 from .modeling_compressm import PROJECTIONS, projected_class
-from .optimizer import add_parameters, replace_parameter, sliced_state, unwrap_optimizer
+from .optimizer import (
+    add_parameters,
+    check_state,
+    replace_parameter,
+    sliced_state,
+    sliced_tensor,
+    unwrap_optimizer,
+)
 from .plan import CompressionPlan, LayerPlan
+from .planning import refuse_projection_under_zero
 from .report import CompressionReport, LayerReport
 
 logger = logging.get_logger(__name__)
@@ -29,21 +42,26 @@ class _Replacement:
     old: nn.Parameter
     new: nn.Parameter
     state: dict[str, Any] | None
+    # What an optimizer that keeps weights and moments of its own (ZeRO's) makes of them.
+    smaller: deepspeed.Smaller | None = None
 
 
 def compress_(model: nn.Module, plan: CompressionPlan, optimizer: Optimizer | None = None) -> CompressionReport:
     """Cut states out of a model, in place, and carry the optimizer's state along.
 
     Parameters are replaced by smaller ones, the optimizer's moments are sliced, the config's state size is updated,
-    and a DDP wrapper's reducer is rebuilt. A projected layer gets two parameters more, which the optimizer takes on
-    without weight decay if it has a group without; model and config become objects of their projected classes. Call it
-    where no gradients are alive: after `optimizer.zero_grad()`.
+    and what DDP, FSDP2 or DeepSpeed know of the parameters follows. A projected layer gets two parameters more, which
+    the optimizer takes on without weight decay if it has a group without; model and config become objects of their
+    projected classes. Call it where no gradients are alive: after `optimizer.zero_grad()`.
+
+    Where parameters are sharded, one after the other is gathered, cut and sharded again.
 
     Args:
-        model: a model, bare or as torch.compile, DDP or Accelerate wrapped it. Under DDP, all processes must call this
-            with the same plan.
+        model: a model, bare or as torch.compile, DDP, FSDP2, DeepSpeed or Accelerate wrapped it. Where several
+            processes train it, all of them must call this with the same plan.
         plan: from `plan_compression`, or loaded.
-        optimizer: the optimizer that trains the model, bare or as Accelerate wrapped it.
+        optimizer: the optimizer that trains the model, bare or as Accelerate wrapped it; DeepSpeed's engine has its
+            own.
 
     Returns:
         What became of every mixer.
@@ -51,7 +69,9 @@ def compress_(model: nn.Module, plan: CompressionPlan, optimizer: Optimizer | No
     Raises:
         ValueError: the plan does not fit the model.
         TypeError: a mixer, or an optimizer state, that is not supported.
-        RuntimeError: a sharded model (FSDP, DeepSpeed), or parameters with gradient hooks or with several owners.
+        RuntimeError: a model that is sharded in a way that is not supported, gradients that are not reduced yet, or
+            parameters with gradient hooks or with several owners.
+        What one process raises before it changes anything, all of them raise.
 
     After an error, model and optimizer are as they were.
 
@@ -64,41 +84,64 @@ def compress_(model: nn.Module, plan: CompressionPlan, optimizer: Optimizer | No
         >>> model.config.state_size, report.layers[0].status
         (2, 'cut')
     """
-    bare, ddp = unwrap(model)
-    if optimizer is not None:
-        optimizer = unwrap_optimizer(optimizer)
-    mixers = find_mixers(bare)
-    validate(plan, mixers)
-    parameters_before, bytes_before = _count_parameters(bare), optimizer_bytes(optimizer)
-    _refuse_shared_parameters(bare, mixers, plan)
-    replacements, projections = [], {}
-    for name, layer in plan.changes.items():
-        if layer.realization == "projected":
-            projections[name] = _prepare_projection(mixers[name], layer)
-        else:
-            replacements += _prepare(name, mixers[name], layer, optimizer)
+    bare, wrapper = unwrap(model)
+    reason = why_not_in_process(bare, wrapper)
+    if reason is not None:
+        raise RuntimeError(
+            f"the model cannot be cut while it trains: {reason}. The way out: save a checkpoint, cut it with "
+            "reshape_checkpoint (or `hf-compressm reshape`), and go on from there"
+        )
+    processes, engine = processes_of(bare, wrapper) or ALONE, zero_engine(wrapper)
+    fsdp2.reshard(bare)
+    with processes.all_or_none("checking the cut"):
+        fsdp2.refuse_gradients(bare)
+        if engine is not None:
+            if any(layer.realization == "projected" for layer in plan.changes.values()):
+                refuse_projection_under_zero(plan.config)
+            optimizer = deepspeed.parameter_groups(engine)
+        elif optimizer is not None:
+            optimizer = unwrap_optimizer(optimizer)
+        mixers = find_mixers(bare)
+        validate(plan, mixers)
+        _refuse_shared_parameters(bare, mixers, plan)
+        own_hooks = set() if engine is None else deepspeed.hooks_of(engine)
+        for name, layer in plan.changes.items():
+            _check(name, mixers[name], layer, optimizer, own_hooks)
+    parameters_before = _count_parameters(bare)
+    bytes_before = optimizer_bytes(optimizer) if engine is None else deepspeed.optimizer_bytes(engine)
+    # Sharded parameters are gathered one by one here.
+    replacements = []
+    with processes.all_or_none("preparing the cut"):
+        for name, layer in plan.changes.items():
+            if layer.realization != "projected":
+                replacements += _prepare(name, mixers[name], layer, optimizer)
+            elif mixers[name].is_projected:
+                replacements += _prepare_second_projection(mixers[name], layer)
 
     # From here on nothing can fail.
     for item in replacements:
-        setattr(item.axis.module, item.axis.parameter, item.new)
+        fsdp2.put_parameter(bare, item.axis.module, item.axis.parameter, item.new)
         if optimizer is not None:
             replace_parameter(optimizer, item.old, item.new, item.state)
     changed = [item.new for item in replacements]
     for name, layer in plan.changes.items():
-        if name in projections:
-            changed += _project(bare, mixers[name], projections[name], layer.state_size_after, optimizer)
+        if layer.realization == "projected" and not mixers[name].is_projected:
+            changed += _project(bare, mixers[name], layer, optimizer)
         else:
             mixers[name].layout.set_state_size(mixers[name].module, layer.state_size_after)
     update_configs(bare)
-    if ddp is not None and changed:
-        rebuild_reducer(ddp, changed)
+    if isinstance(wrapper, DistributedDataParallel) and changed:
+        rebuild_reducer(wrapper, changed)
+    if engine is not None and changed:
+        smaller = {item.new: (item.old, item.smaller) for item in replacements if item.smaller is not None}
+        deepspeed.rebuild_optimizer(engine, optimizer, smaller)
     return CompressionReport(
-        layers=[_layer_report(name, layer) for name, layer in plan.layers.items()],
+        layers=[layer_report(name, layer) for name, layer in plan.layers.items()],
         tokens=plan.tokens,
         parameters_before=parameters_before,
         parameters_after=_count_parameters(bare),
         optimizer_bytes_before=bytes_before,
-        optimizer_bytes_after=optimizer_bytes(optimizer),
+        optimizer_bytes_after=optimizer_bytes(optimizer) if engine is None else deepspeed.optimizer_bytes(engine),
     )
 
 
@@ -186,20 +229,32 @@ def _validate_projection(name: str, layer: LayerPlan, mixer: Mixer) -> None:
             raise ValueError(f"layer {name}: {label} holds NaN or infinity")
 
 
-@torch.no_grad()
-def _prepare_projection(mixer: Mixer, layer: LayerPlan) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values of `B_projection` and `C_projection`; of a layer that is projected already, the products."""
+def _check(name: str, mixer: Mixer, layer: LayerPlan, optimizer: Optimizer | None, own_hooks: set[int]) -> None:
+    """Raise if a layer's parameters, or their optimizer state, cannot be cut; nothing is communicated."""
+    projected = layer.realization == "projected"
     for axis in mixer.layout.state_axes(mixer.module):
-        _refuse_quantized(axis.tensor, f"{mixer.name}: {axis.parameter} of {type(axis.module).__name__}")
-    if not mixer.is_projected:
-        return layer.B_projection, layer.C_projection
-    module = mixer.module
-    for name in PROJECTIONS:
-        _refuse_hooks(getattr(module, name), f"{mixer.name}: {name}")
-    return (
-        projected_further(module.B_projection, layer.B_projection, mixer.groups),
-        projected_further(module.C_projection, layer.C_projection, mixer.groups),
-    )
+        old, label = axis.tensor, f"{name}: {axis.parameter} of {type(axis.module).__name__}"
+        _refuse_quantized(old, label)
+        if projected and not mixer.is_projected:
+            # Two parameters are added; all others stay.
+            continue
+        if optimizer is not None and not projected:
+            check_state(optimizer, old, label, axis.dim)
+        _refuse_hooks(old, f"{name}: {axis.parameter}", own_hooks)
+        shape = list(old.shape)
+        shape[axis.dim] = axis.length(layer.state_size_after)
+        fsdp2.refuse_shape(old, shape, label)
+
+
+@torch.no_grad()
+def _prepare_second_projection(mixer: Mixer, layer: LayerPlan) -> list[_Replacement]:
+    """The products of a projected layer's projections with those of the plan; nothing is touched."""
+    replacements = []
+    for axis in mixer.layout.state_axes(mixer.module):
+        old = axis.tensor
+        values = projected_further(fsdp2.full_tensor(old), getattr(layer, axis.parameter), mixer.groups)
+        replacements.append(_Replacement(axis, old, _like(old, values.to(old.dtype)), None))
+    return replacements
 
 
 def projected_further(first: torch.Tensor, second: torch.Tensor, groups: int) -> torch.Tensor:
@@ -209,27 +264,16 @@ def projected_further(first: torch.Tensor, second: torch.Tensor, groups: int) ->
 
 
 @torch.no_grad()
-def _project(
-    model: nn.Module, mixer: Mixer, values: tuple[torch.Tensor, torch.Tensor], size: int, optimizer: Optimizer | None
-) -> list[nn.Parameter]:
-    """Put a projection into a mixer and its optimizer; returns the new parameters."""
+def _project(model: nn.Module, mixer: Mixer, layer: LayerPlan, optimizer: Optimizer | None) -> list[nn.Parameter]:
+    """Put a projection into a stock mixer and its optimizer; returns the two parameters that this adds."""
     module = mixer.module
-    if mixer.is_projected:
-        for name, value in zip(PROJECTIONS, values, strict=True):
-            old = getattr(module, name)
-            new = nn.Parameter(value.to(old), requires_grad=old.requires_grad)
-            new.__dict__.update(old.__dict__)
-            setattr(module, name, new)
-            if optimizer is not None:
-                replace_parameter(optimizer, old, new, None)
-        module.ssm_state_size = size
-    else:
-        project_in_place(mixer, size)
-        for parameter, value in zip((module.B_projection, module.C_projection), values, strict=True):
-            parameter.copy_(value)
-        if optimizer is not None:
-            add_parameters(optimizer, model, module, [module.B_projection, module.C_projection])
-    return [module.B_projection, module.C_projection]
+    project_in_place(mixer, layer.state_size_after, model)
+    added = [getattr(module, name) for name in PROJECTIONS]
+    for name, parameter in zip(PROJECTIONS, added, strict=True):
+        parameter.copy_(fsdp2.shard_like(parameter, getattr(layer, name)))
+    if optimizer is not None:
+        add_parameters(optimizer, model, module, added)
+    return added
 
 
 @torch.no_grad()
@@ -238,17 +282,28 @@ def _prepare(name: str, mixer: Mixer, layer: LayerPlan, optimizer: Optimizer | N
     replacements = []
     for axis in mixer.layout.state_axes(mixer.module):
         old, label = axis.tensor, f"{name}: {axis.parameter} of {type(axis.module).__name__}"
-        _refuse_quantized(old, label)
         index = axis.index(layer.kept, layer.state_size_before)
-        values = smaller_values(mixer, axis, layer, old.detach())
+        new = _like(old, smaller_values(mixer, axis, layer, fsdp2.full_tensor(old.detach())))
+        if old.grad is not None:
+            new.grad = sliced_tensor(old.grad, axis.dim, index)
         state = None
         if optimizer is not None:
             state = sliced_state(optimizer, old, label, axis.dim, index)
-            check_state_shapes(label, values, state or {})
-        replacements.append(_Replacement(axis, old, _like(old, values, axis.dim, index), state))
-    for item in replacements:
-        _refuse_hooks(item.old, f"{name}: {item.axis.parameter}")
+            check_state_shapes(label, new, state or {})
+        replacements.append(_Replacement(axis, old, new, state, _smaller(mixer, axis, layer)))
     return replacements
+
+
+def _smaller(mixer: Mixer, axis: StateAxis, layer: LayerPlan) -> deepspeed.Smaller:
+    """What becomes of a parameter's master weights, and of its moments, of which the kept states' entries stay."""
+    index = axis.index(layer.kept, layer.state_size_before)
+
+    def smaller(name: str, whole: torch.Tensor) -> torch.Tensor:
+        if name == deepspeed.MASTER:
+            return smaller_values(mixer, axis, layer, whole)
+        return whole.index_select(axis.dim, index.to(whole.device))
+
+    return smaller
 
 
 def smaller_values(mixer: Mixer, axis: StateAxis, layer: LayerPlan, values: torch.Tensor) -> torch.Tensor:
@@ -263,26 +318,25 @@ def smaller_values(mixer: Mixer, axis: StateAxis, layer: LayerPlan, values: torc
     return smaller
 
 
-def _like(old: nn.Parameter, values: torch.Tensor, dim: int, index: torch.Tensor) -> nn.Parameter:
-    """A parameter with new values and everything else of the old one: whether it trains, its marks, its gradient."""
-    new = nn.Parameter(values, requires_grad=old.requires_grad)
+def _like(old: nn.Parameter, values: torch.Tensor) -> nn.Parameter:
+    """A parameter with new values and what else the old one has: its shards, whether it trains, its marks."""
+    new = nn.Parameter(fsdp2.shard_like(old, values), requires_grad=old.requires_grad)
     new.__dict__.update(old.__dict__)
-    if old.grad is not None:
-        new.grad = old.grad.index_select(dim, index.to(old.device))
     return new
 
 
 def _refuse_quantized(parameter: nn.Parameter, label: str) -> None:
-    if type(parameter.data) is not torch.Tensor or not parameter.is_floating_point():
+    if not fsdp2.is_made_of_plain_tensors(parameter.data) or not parameter.is_floating_point():
         raise TypeError(
             f"layer {label} is a {type(parameter.data).__name__} of {parameter.dtype}, not a plain floating-point "
             "tensor; cut the model before it is quantized"
         )
 
 
-def _refuse_hooks(parameter: nn.Parameter, label: str) -> None:
-    """Raise if a parameter has gradient hooks: they would be lost with it."""
-    if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+def _refuse_hooks(parameter: nn.Parameter, label: str, own_hooks: set[int]) -> None:
+    """Raise if a parameter has gradient hooks that would be lost with it; `own_hooks` come again by themselves."""
+    after_accumulation = set(getattr(parameter, "_post_accumulate_grad_hooks", None) or ())
+    if parameter._backward_hooks or after_accumulation - own_hooks:
         raise RuntimeError(
             f"layer {label} has gradient hooks, which a new parameter would lose; remove them before the cut and "
             "register them again after it"
@@ -317,11 +371,15 @@ def check_state_shapes(name: str, parameter: torch.Tensor, state: dict[str, Any]
     for key, value in state.items():
         if not isinstance(value, torch.Tensor) or value.numel() == 1 or value.dim() != parameter.dim():
             continue
-        if any(size not in (1, whole) for size, whole in zip(value.shape, parameter.shape, strict=True)):
-            raise RuntimeError(
-                f"optimizer state {key!r} of {name} has shape {tuple(value.shape)}, but the parameter has "
-                f"{tuple(parameter.shape)}"
-            )
+        pairs = [(value, parameter)]
+        if isinstance(value, DTensor) and isinstance(parameter, DTensor):
+            pairs.append((value.to_local(), parameter.to_local()))
+        for kept, whole in pairs:
+            if any(size not in (1, expected) for size, expected in zip(kept.shape, whole.shape, strict=True)):
+                raise RuntimeError(
+                    f"optimizer state {key!r} of {name} has shape {tuple(kept.shape)}, but the parameter has "
+                    f"{tuple(whole.shape)}"
+                )
 
 
 def optimizer_bytes(optimizer: Optimizer | None) -> int:
@@ -336,7 +394,7 @@ def _count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _layer_report(name: str, layer: LayerPlan) -> LayerReport:
+def layer_report(name: str, layer: LayerPlan) -> LayerReport:
     return LayerReport(
         name=name,
         mixer_class=layer.mixer_class,

@@ -17,6 +17,9 @@ All GPUs of a machine, with a tracker (mamba-ssm's kernels are used if they are 
     accelerate launch recipes/pretrain_lm.py --bf16 --report_to trackio --hidden_size 768 --layers 24 \
         --block_size 1024 --per_device_train_batch_size 16 --max_steps 20000 --learning_rate 6e-4 --save_steps 1000
 
+For FSDP and DeepSpeed see recipes/README.md. Where the model cannot be cut while it trains (FSDP1, ZeRO-3), the run
+ends at the cut with a smaller checkpoint; the same command goes on from it (recipes/until_done.py does both).
+
 The same command goes on where it was stopped: from --resume_from_checkpoint, else from the last checkpoint in
 --output_dir. Every option of transformers.TrainingArguments can be given; --help lists this recipe's own at its end.
 
@@ -43,6 +46,7 @@ import transformers
 from datasets import Dataset, DatasetDict, load_dataset
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     HfArgumentParser,
@@ -256,11 +260,15 @@ def build_config(model: ModelArguments, tokenizer: PreTrainedTokenizerFast) -> P
 
 
 def last_checkpoint(output_dir: str) -> str | None:
-    """The last checkpoint that was written to its end: the Trainer writes trainer_state.json after the weights."""
-    complete = [
-        file.parent for file in Path(output_dir).glob("checkpoint-*/trainer_state.json") if file.stat().st_size
-    ]
-    newest = max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+    """The last checkpoint that was written to its end: the Trainer writes trainer_state.json after the weights.
+
+    Of two of the same step, one is cut, and it is the later one.
+    """
+    files = Path(output_dir).glob("*checkpoint-*/trainer_state.json")
+    complete = [file.parent for file in files if file.stat().st_size and not file.parent.name.startswith(".")]
+    newest = max(
+        complete, key=lambda folder: (int(folder.name.split("-")[-1]), folder.name.startswith("cut-")), default=None
+    )
     return None if newest is None else str(newest)
 
 
@@ -312,9 +320,11 @@ def main(arguments: list[str] | None = None) -> Trainer:
                 f"the {name} texts hold fewer than --block_size {data_args.block_size} tokens; give more text"
             )
 
+    # A checkpoint's own config has its state size. Where weights are sharded, the model must have it before they are.
+    config = AutoConfig.from_pretrained(checkpoint) if checkpoint else build_config(model_args, tokenizer)
     timer = StepTimer()
     trainer = Trainer(
-        model=AutoModelForCausalLM.from_config(build_config(model_args, tokenizer)),
+        model=AutoModelForCausalLM.from_config(config),
         args=training_args,
         train_dataset=blocks["train"],
         eval_dataset=blocks["test"],
@@ -327,7 +337,10 @@ def main(arguments: list[str] | None = None) -> Trainer:
         f"the vocabulary; {len(blocks['train']):,} blocks of {data_args.block_size} tokens to learn from, "
         f"{len(blocks['test']):,} held out"
     )
-    trainer.save_metrics("train", trainer.train(resume_from_checkpoint=checkpoint).metrics)
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    if callback.goes_on is not None:
+        return trainer
+    trainer.save_metrics("train", metrics)
 
     metrics = trainer.evaluate()
     tokens_per_byte = sum(map(len, tokens["test"]["input_ids"])) / sum(tokens["test"]["bytes"])

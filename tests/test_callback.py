@@ -32,7 +32,7 @@ from transformers.optimization import Adafactor
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, NonFiniteError, find_mixers
 from hf_compressm.callback import find_trainer
-from hf_compressm.distributed.ddp import unwrap
+from hf_compressm.distributed.wrappers import unwrap
 from hf_compressm.modeling_compressm import CompressmMamba2Config, CompressmMamba2ForCausalLM
 
 
@@ -418,17 +418,6 @@ def test_a_config_must_be_a_config():
     with pytest.raises(TypeError, match="config must be a CompreSSMConfig or its dictionary, got int"):
         CompreSSMCallback(12)
     assert CompreSSMCallback({"state_size": 12}).config == CompreSSMConfig(state_size=12)
-
-
-@pytest.mark.parametrize("flag, name", [("is_fsdp_enabled", "FSDP"), ("is_deepspeed_enabled", "DeepSpeed")])
-def test_sharded_training_is_refused_with_the_way_out(tiny, tmp_path, flag, name):
-    class Sharding(TrainerCallback):
-        def on_train_begin(self, *args, **kwargs) -> None:
-            setattr(trainer, flag, True)
-
-    trainer = build_trainer(lively(tiny.build()), tmp_path, [Sharding(), CompreSSMCallback(config())])
-    with pytest.raises(RuntimeError, match=f"{name} shards or flattens parameters.*hf_compressm.compress.*DDP"):
-        trainer.train()
 
 
 def break_first_layer(model, **_) -> None:

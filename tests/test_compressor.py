@@ -444,47 +444,6 @@ def test_an_optimizer_of_another_model_is_warned_of(tiny, caplog):
     assert any("the optimizer does not update it" in record.message for record in caplog.records)
 
 
-class FullyShardedDataParallel(nn.Module):
-    """Has the name of FSDP1's wrapper."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-
-class FSDPMambaForCausalLM(FullyShardedDataParallel):
-    """Has a name as FSDP2 gives it."""
-
-
-class DeepSpeedEngine(FullyShardedDataParallel):
-    """Has the name of DeepSpeed's wrapper."""
-
-
-def zero_3(model: nn.Module) -> nn.Module:
-    next(model.parameters()).ds_id = 0
-    return model
-
-
-@pytest.mark.parametrize(
-    "wrap, name",
-    [
-        (FullyShardedDataParallel, "FullyShardedDataParallel"),
-        (FSDPMambaForCausalLM, "FSDPMambaForCausalLM"),
-        (DeepSpeedEngine, "DeepSpeedEngine"),
-        (zero_3, "DeepSpeed ZeRO-3"),
-    ],
-)
-def test_sharded_models_are_refused_with_the_way_out(tiny, wrap, name):
-    with pytest.raises(RuntimeError, match=rf"{name} shards or flattens.*hf_compressm\.compress.*train with DDP"):
-        Compressor(config(), wrap(tiny.build()), total_steps=8)
-
-
-def test_several_processes_need_ddp(tiny, monkeypatch):
-    monkeypatch.setattr("hf_compressm.compressor.is_distributed", lambda: True)
-    with pytest.raises(RuntimeError, match=r"not wrapped in DistributedDataParallel; .* accelerator\.prepare or DDP"):
-        Compressor(config(), tiny.build(), total_steps=8)
-
-
 # Projected cuts of Mamba-2.
 
 MAMBA2 = TINY["mamba2"]

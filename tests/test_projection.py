@@ -349,18 +349,6 @@ def test_padding_on_the_left():
     assert result.relative_error == pytest.approx(relative_error(naive(mixer, statistics), maps(result)), rel=2e-3)
 
 
-def test_one_process_is_all_processes():
-    mixer, statistics = layer()
-    alone, together = (
-        fit_projection(mixer, statistics, 2, rounds=3, across_processes=across) for across in (False, True)
-    )
-    assert torch.equal(alone.B_projection, together.B_projection)
-    assert torch.equal(alone.C_projection, together.C_projection)
-    assert alone.relative_error == together.relative_error
-    curves = [measured_error_curve(mixer, statistics, across_processes=across) for across in (False, True)]
-    assert torch.equal(*curves)
-
-
 def test_the_fit_touches_nothing():
     mixer, statistics = layer()
     weights = {name: value.clone() for name, value in mixer.module.state_dict().items()}

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_compressm import CompreSSMConfig
-from hf_compressm.distributed.ddp import unwrap
+from hf_compressm.distributed.wrappers import unwrap
 
 # Every call of train() collects garbage, and would go through all that the libraries made when they were imported.
 gc.freeze()

@@ -7,60 +7,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.utils import logging
 
-from .collectives import broadcast_tensor
+from .processes import Processes
 
 logger = logging.get_logger(__name__)
-
-
-def unwrap(model: nn.Module) -> tuple[nn.Module, DistributedDataParallel | None]:
-    """Peel torch.compile and DDP off a model.
-
-    Args:
-        model: a model as training calls it.
-
-    Returns:
-        The bare model, and the DDP wrapper if there is one.
-
-    Raises:
-        RuntimeError: a wrapper that shards parameters (FSDP, DeepSpeed); the message names the way out.
-    """
-    ddp = None
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        elif isinstance(model, DistributedDataParallel):
-            ddp, model = model, model.module
-        elif isinstance(model, nn.DataParallel):
-            model = model.module
-        else:
-            break
-    refuse_sharding(model)
-    return model, ddp
-
-
-def refuse_sharding(model: nn.Module) -> None:
-    """Raise if a model's parameters are flattened or sharded: replacing them would silently freeze the layers."""
-    wrapper = None
-    for module in model.modules():
-        kind = type(module).__name__
-        if kind in ("FullyShardedDataParallel", "DeepSpeedEngine") or kind.startswith("FSDP"):
-            wrapper = kind
-    if wrapper is None:
-        for parameter in model.parameters():
-            if hasattr(parameter, "ds_id"):
-                wrapper = "DeepSpeed ZeRO-3"
-            elif type(parameter.data).__name__ == "DTensor":
-                wrapper = "FSDP2 or tensor parallelism (DTensor parameters)"
-    if wrapper is not None:
-        raise RuntimeError(sharding_message(wrapper))
-
-
-def sharding_message(wrapper: str) -> str:
-    return (
-        f"{wrapper} shards or flattens parameters, so a state cannot be cut out of them in process. The way out: save "
-        "a full checkpoint at this step, load it in one process with from_pretrained, cut it with "
-        "hf_compressm.compress, save it, and go on from there; or train with DDP, which is supported"
-    )
 
 
 @torch.no_grad()
@@ -69,24 +18,43 @@ def rebuild_reducer(ddp: DistributedDataParallel, replaced: list[nn.Parameter]) 
 
     The wrapper object stays, since the training loop holds it. Its reducer is built anew: the old one would go on
     reducing the old parameters and let the ranks drift apart without an error. torch has no public call for this, so
-    the wrapper is taken through the same steps as when it is unpickled. Must be called on every process.
+    the wrapper is taken through the same steps as when it is unpickled, but for the process group, which unpickling
+    would replace by the default one. Must be called on every process.
 
     Args:
         ddp: the wrapper.
-        replaced: the new parameters; rank 0's values are given to all, whatever rounding did elsewhere.
+        replaced: the new parameters; the first process's values are given to all, whatever rounding did elsewhere.
     """
+    processes = Processes(ddp.process_group)
     for parameter in replaced:
-        broadcast_tensor(parameter.data)
+        processes.broadcast(parameter)
     ddp._module_parameters = _parameters_of(ddp)
-    hooks = list(ddp._comm_hooks)
-    ddp.__setstate__(ddp.__getstate__())
+    parameters, sparse = ddp._build_params_for_reducer()
+    ddp._ddp_init_helper(parameters, sparse, ddp._build_debug_param_to_name_mapping(parameters), ddp.static_graph)
     ddp._has_rebuilt_buckets = False
     if ddp.static_graph:
+        ddp.reducer._set_static_graph()
+        ddp.logger._set_static_graph()
         ddp._static_graph_delay_allreduce_enqueued = False
-    ddp._comm_hooks = []
+    hooks, ddp._comm_hooks = list(ddp._comm_hooks), []
     for hook, state in hooks:
         _forget_tensors(state)
         ddp.register_comm_hook(state, hook)
+
+
+def refuse_unsupported(ddp: DistributedDataParallel) -> None:
+    """Raise a RuntimeError that names the option of a DDP wrapper under which parameters cannot be replaced."""
+    options = {
+        "mixed_precision": getattr(ddp, "mixed_precision", None) is not None,
+        "delay_all_reduce_named_params": bool(getattr(ddp, "_delay_all_reduce_params", ())),
+        "join() (uneven inputs: a process that has run out of them takes no part in a cut)": ddp._join_config.enable,
+    }
+    for option, is_set in options.items():
+        if is_set:
+            raise RuntimeError(
+                f"DistributedDataParallel with {option} is not supported: what it keeps of the parameters would not "
+                "follow a cut; train without it"
+            )
 
 
 def reducer_is_stale(ddp: DistributedDataParallel) -> bool:

@@ -39,6 +39,14 @@ ARCHITECTURES: dict[str, Architecture] = {
 }
 
 
+# What may stand around a mixer, and what it calls the module inside.
+WRAPPERS = {
+    "FullyShardedDataParallel": "_fsdp_wrapped_module",
+    "CheckpointWrapper": "_checkpoint_wrapped_module",
+    "OptimizedModule": "_orig_mod",
+}
+
+
 @dataclass(frozen=True)
 class Mixer:
     """A mixer found in a model: its name there, the module, its architecture and the config that rules its size."""
@@ -57,6 +65,12 @@ class Mixer:
         return self.module.ssm_state_size
 
     @property
+    def class_name(self) -> str:
+        """The name of its class in Transformers; fully_shard makes it an object of a class derived from that."""
+        kinds = type(self.module).__mro__
+        return next(cls.__name__ for cls in kinds if "FSDPModule" not in {base.__name__ for base in cls.__mro__})
+
+    @property
     def is_projected(self) -> bool:
         """Whether its states are projections of more features."""
         return hasattr(self.module, "B_projection")
@@ -69,7 +83,8 @@ class Mixer:
     @property
     def bytes_per_state(self) -> int:
         """What one state more takes in the recurrent cache of one sequence: one number per channel."""
-        return self.module.intermediate_size * self.module.out_proj.weight.element_size()
+        # Transformers caches recurrent states in float32, whatever the weights are.
+        return self.module.intermediate_size * 4
 
     @property
     def groups(self) -> int:
@@ -92,15 +107,19 @@ def find_mixers(model: nn.Module) -> dict[str, Mixer]:
         >>> list(find_mixers(MambaModel(config)))
         ['layers.0.mixer', 'layers.1.mixer']
     """
-    models = [(name, module) for name, module in model.named_modules() if isinstance(module, PreTrainedModel)]
+    modules = [(_own_name(name), module) for name, module in model.named_modules()]
+    models = [(name, module) for name, module in modules if isinstance(module, PreTrainedModel)]
     mixers = {}
-    for name, module in model.named_modules():
+    for name, module in modules:
         architecture = next(
             (ARCHITECTURES[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in ARCHITECTURES), None
         )
         if architecture is not None:
             config = _ruling_config(name, architecture, models) or getattr(module, "config", None)
             mixers[name] = Mixer(name, module, architecture, config)
+        elif type(module).__name__ in WRAPPERS:
+            # Shows its inner module's attributes as its own.
+            continue
         elif hasattr(module, "ssm_state_size") or "A_log" in dict(module.named_parameters(recurse=False)):
             raise TypeError(
                 f"layer {name or '(the model itself)'}: {type(module).__name__} carries a state, but is not "
@@ -112,6 +131,11 @@ def find_mixers(model: nn.Module) -> dict[str, Mixer]:
             f"supported mixers: {', '.join(ARCHITECTURES)}"
         )
     return mixers
+
+
+def _own_name(name: str) -> str:
+    """A module's name without what FSDP1, activation checkpointing and torch.compile put into it."""
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS.values())
 
 
 def _ruling_config(

@@ -10,7 +10,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from ..distributed import fsdp2
 from ..modeling_compressm import (
+    PROJECTIONS,
     auto_map,
     project_mixer,
     projected_class,
@@ -27,13 +29,16 @@ ParameterPairs = list[tuple[nn.Parameter | None, nn.Parameter | None]]
 
 
 @torch.no_grad()
-def resize_mixer(mixer: Mixer, state_size: int, feature_size: int | None = None) -> ParameterPairs:
+def resize_mixer(
+    mixer: Mixer, state_size: int, feature_size: int | None = None, model: nn.Module | None = None
+) -> ParameterPairs:
     """Give a mixer parameters of another state size, in place. `update_configs` must follow.
 
     Args:
         mixer: the mixer.
         state_size: its new state size, N of a stock mixer and r of a projected one.
         feature_size: N of a projected mixer; None makes it, or leaves it, a stock one.
+        model: the whole model, if `fully_shard` was applied to it.
 
     Returns:
         What became of parameters.
@@ -42,8 +47,12 @@ def resize_mixer(mixer: Mixer, state_size: int, feature_size: int | None = None)
         ValueError: a projected mixer of another feature size.
     """
     module, pairs = mixer.module, []
+    model = module if model is None else model
+    fsdp2.reshard(model)
     if mixer.is_projected and feature_size is None:
-        pairs += [(module.B_projection, None), (module.C_projection, None)]
+        for name in PROJECTIONS:
+            pairs.append((getattr(module, name), None))
+            fsdp2.release_parameter(model, module, name)
         unproject_mixer(module)
     elif mixer.is_projected and feature_size != module.feature_size:
         raise ValueError(
@@ -52,31 +61,31 @@ def resize_mixer(mixer: Mixer, state_size: int, feature_size: int | None = None)
         )
     elif feature_size is not None and not mixer.is_projected:
         if mixer.state_size != feature_size:
-            pairs += _resize_axes(mixer, feature_size)
-        pairs += project_in_place(mixer, state_size)
+            pairs += _resize_axes(mixer, feature_size, model)
+        pairs += project_in_place(mixer, state_size, model)
     if mixer.state_size != state_size:
-        pairs += _resize_axes(mixer, state_size)
+        pairs += _resize_axes(mixer, state_size, model)
     return pairs
 
 
 @torch.no_grad()
-def project_in_place(mixer: Mixer, state_size: int) -> ParameterPairs:
+def project_in_place(mixer: Mixer, state_size: int, model: nn.Module) -> ParameterPairs:
     """Make a stock mixer a projected one with the given number of states; its two new parameters are zero."""
     module = mixer.module
     project_mixer(module, state_size)
-    for parameter in (module.B_projection, module.C_projection):
-        parameter.zero_()
-        parameter.requires_grad_(module.in_proj.weight.requires_grad)
-    return [(None, module.B_projection), (None, module.C_projection)]
+    for name in PROJECTIONS:
+        getattr(module, name).zero_().requires_grad_(module.in_proj.weight.requires_grad)
+        fsdp2.shard_added_parameter(model, module, name)
+    return [(None, getattr(module, name)) for name in PROJECTIONS]
 
 
-def _resize_axes(mixer: Mixer, state_size: int) -> ParameterPairs:
+def _resize_axes(mixer: Mixer, state_size: int, model: nn.Module) -> ParameterPairs:
     before, pairs = mixer.state_size, []
     for axis in mixer.layout.state_axes(mixer.module):
         old = axis.tensor
-        new = nn.Parameter(_zeros(axis, state_size), requires_grad=old.requires_grad)
+        new = nn.Parameter(fsdp2.shard_like(old, _zeros(axis, state_size)), requires_grad=old.requires_grad)
         new.__dict__.update(old.__dict__)
-        setattr(axis.module, axis.parameter, new)
+        fsdp2.put_parameter(model, axis.module, axis.parameter, new)
         pairs.append((old, new))
     mixer.layout.set_state_size(mixer.module, state_size)
     logger.info(f"{mixer.name}: state_size {before} -> {state_size}, to fit the weights that are loaded")
@@ -84,10 +93,10 @@ def _resize_axes(mixer: Mixer, state_size: int) -> ParameterPairs:
 
 
 def _zeros(axis: StateAxis, state_size: int) -> torch.Tensor:
-    old = axis.tensor.detach()
+    old = axis.tensor
     shape = list(old.shape)
     shape[axis.dim] = axis.length(state_size)
-    return old.new_zeros(shape)
+    return torch.zeros(shape, dtype=old.dtype, device=old.device)
 
 
 def update_configs(model: nn.Module) -> None:

@@ -71,8 +71,3 @@ def test_non_finite_states_of_one_process_skip_the_cut_on_all(runs):
     for process in ("0", "1"):
         assert runs[process]["poisoned"]["status"] == ["skipped"]
         assert runs[process]["poisoned"]["state_size"] == 8
-
-
-def test_different_plans_are_refused_on_every_process(runs):
-    for process in ("0", "1"):
-        assert "different versions of the plan" in runs[process]["different plans"]

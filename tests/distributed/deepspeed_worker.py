@@ -1,0 +1,498 @@
+"""DeepSpeed engines whose model is cut in the middle of training, in each of several processes.
+
+Started by test_deepspeed.py under torchrun; imported by it for the same steps in one process without DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import DeepSpeedPlugin
+from conftest import TINY, lively, selection_plan, silence_states, tokens
+from deepspeed.utils import safe_get_full_optimizer_state
+from torch import nn
+from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import LambdaLR
+from train_worker import digest
+from training import KEPT, SILENT, AtStepEnd, build_trainer, examples, log_rows
+from transformers import MambaForCausalLM
+
+from hf_compressm import CompressionPlan, find_mixers
+from hf_compressm.distributed.deepspeed import (
+    MASTER,
+    full_state,
+    hooks_of,
+    optimizer_bytes,
+    parameter_groups,
+    parts_on_host,
+    readable,
+    rebuild_optimizer,
+    restore_parts,
+    why_not_in_process,
+)
+from hf_compressm.mixers import Mixer, StateAxis
+from hf_compressm.mixers.resize import update_configs
+from hf_compressm.optimizer import replace_parameter
+from hf_compressm.plan import LayerPlan
+from hf_compressm.replay import evaluation_mode, replay
+from hf_compressm.surgery import compress_, smaller_values
+
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+STEPS, CUT_AFTER = 7, 4
+BF16 = {"bf16": {"enabled": True}}
+
+
+def model_of(architecture: str, silent: bool) -> nn.Module:
+    model = lively(TINY[architecture].build())
+    if silent:
+        silence_states(model, SILENT)
+    return model
+
+
+def plan_for(model: nn.Module, silent: bool) -> CompressionPlan:
+    """Keeps half of the states; where the others are not silent and the mixer allows it, the readout is refitted."""
+    plan = selection_plan(model, KEPT)
+    for name, mixer in find_mixers(model).items():
+        if not silent and mixer.layout.readout_axis(mixer.module) is not None:
+            generator = torch.Generator().manual_seed(1)
+            readout = torch.randn(len(KEPT), 8, generator=generator, dtype=torch.float64) / 3
+            plan.layers[name] = dataclasses.replace(plan.layers[name], readout=readout)
+    return plan
+
+
+def adam(model: nn.Module) -> AdamW:
+    """Two groups, as the Trainer makes them."""
+    decayed = [item for item in model.parameters() if item.dim() > 1]
+    others = [item for item in model.parameters() if item.dim() == 1]
+    return AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=5e-3)
+
+
+def falling(optimizer: torch.optim.Optimizer) -> LambdaLR:
+    return LambdaLR(optimizer, lambda step: 1 / (1 + step / 4))
+
+
+def cut_under_zero(engine: Any, plan: CompressionPlan) -> None:
+    """What compress_ does, in the steps that concern ZeRO."""
+    groups, replaced, mixers = parameter_groups(engine), {}, find_mixers(engine.module)
+    for name, layer in plan.changes.items():
+        mixer = mixers[name]
+        for axis in mixer.layout.state_axes(mixer.module):
+            old, smaller = axis.tensor, smaller_of(mixer, axis, layer)
+            new = nn.Parameter(smaller(MASTER, old.detach()))
+            new.__dict__.update(old.__dict__)
+            setattr(axis.module, axis.parameter, new)
+            replace_parameter(groups, old, new, None)
+            replaced[new] = (old, smaller)
+        mixer.layout.set_state_size(mixer.module, layer.state_size_after)
+    update_configs(engine.module)
+    rebuild_optimizer(engine, groups, replaced)
+
+
+def smaller_of(mixer: Mixer, axis: StateAxis, layer: LayerPlan) -> Callable[[str, torch.Tensor], torch.Tensor]:
+    index = axis.index(layer.kept, layer.state_size_before)
+
+    def smaller(key: str, whole: torch.Tensor) -> torch.Tensor:
+        return smaller_values(mixer, axis, layer, whole) if key == MASTER else whole.index_select(axis.dim, index)
+
+    return smaller
+
+
+def grow_back(engine: Any) -> None:
+    """Parameters of the old shapes again, whatever their values."""
+    groups, replaced, mixers = parameter_groups(engine), {}, find_mixers(engine.module)
+    for mixer in mixers.values():
+        for axis in mixer.layout.state_axes(mixer.module):
+            old, shape = axis.tensor, list(axis.tensor.shape)
+            shape[axis.dim] = axis.length(8)
+            new = nn.Parameter(torch.zeros(shape, dtype=old.dtype))
+            setattr(axis.module, axis.parameter, new)
+            replace_parameter(groups, old, new, None)
+        mixer.layout.set_state_size(mixer.module, 8)
+    update_configs(engine.module)
+    rebuild_optimizer(engine, groups, replaced)
+
+
+def engine_of(model: nn.Module, stage: int, micro_batches: int = 1, zero: dict | None = None, **options: Any) -> Any:
+    config = {
+        "train_micro_batch_size_per_gpu": 4 // micro_batches,
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": 0.5,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": stage, **(zero or {})},
+    }
+    optimizer = adam(model)
+    return deepspeed.initialize(
+        model=model, optimizer=optimizer, lr_scheduler=falling(optimizer), config=config | options
+    )[0]
+
+
+class Loop:
+    """A raw DeepSpeed loop."""
+
+    def __init__(self, stage: int, architecture: str = "mamba", silent: bool = False, **options: Any) -> None:
+        self.model, self.silent = model_of(architecture, silent), silent
+        self.micro_batches, self.like_torch = options.get("micro_batches", 1), options.pop("like_torch", False)
+        self.engine = engine_of(self.model, stage, **options)
+        self.held = self.engine.optimizer
+        self.losses: list[float] = []
+        self.norms: list[float] = []
+
+    def train(self, first: int = 1, last: int = STEPS) -> Loop:
+        for step in range(first, last + 1):
+            for part in tokens(8, 12, seed=step).chunk(self.micro_batches):
+                mine = part.chunk(WORLD)[RANK]
+                loss = self.engine(input_ids=mine, labels=mine).loss
+                if self.like_torch:
+                    loss.backward()
+                else:
+                    self.engine.backward(loss)
+                total = loss.detach().float() / WORLD
+                dist.all_reduce(total)
+                self.losses.append(total.item())
+                self.engine.step()
+            self.norms.append(float(self.engine.get_global_grad_norm()))
+        return self
+
+    def cut(self) -> Loop:
+        cut_under_zero(self.engine, plan_for(self.model, self.silent))
+        return self
+
+    def result(self, **more: Any) -> dict[str, Any]:
+        engine, parameters = self.engine, dict(self.model.named_parameters())
+        states = {
+            f"{name} {key}": value
+            for name, item in parameters.items()
+            for key, value in full_state(engine, item).items()
+        }
+        own_hooks = [set(item._post_accumulate_grad_hooks or ()) for item in parameters.values()]
+        result = {
+            "losses": self.losses,
+            "norms": self.norms,
+            "weights": digest({name: item.detach().float() for name, item in parameters.items()}),
+            "states": digest({name: value.float() for name, value in states.items()}),
+            "of the kept": of_the_kept(self.model, states),
+            "learning_rates": [group["lr"] for group in engine.optimizer.param_groups],
+            "state_size": self.model.config.state_size,
+            "same object": self.held is engine.optimizer,
+            "one hook each": [len(hooks) for hooks in own_hooks] == [1] * len(parameters),
+            "its own hooks": set().union(*own_hooks) == hooks_of(engine),
+            "bytes": optimizer_bytes(engine),
+            **more,
+        }
+        engine.destroy()
+        return result
+
+
+def of_the_kept(model: nn.Module, states: dict[str, torch.Tensor]) -> dict[str, list[float]]:
+    """Two numbers of every moment and master weight; before a cut, of what it will keep."""
+    axes = {}
+    for mixer in find_mixers(model).values():
+        for axis in mixer.layout.state_axes(mixer.module):
+            index = axis.index(torch.tensor(KEPT).expand(mixer.groups, -1), 8)
+            axes[axis.tensor] = (axis.dim, index if mixer.state_size == 8 else torch.arange(len(index)))
+    numbers = {}
+    for name, parameter in model.named_parameters():
+        for key in ("step", "exp_avg", "exp_avg_sq", MASTER):
+            value = states.get(f"{name} {key}")
+            if value is not None:
+                if parameter in axes and key != "step":
+                    value = value.index_select(*axes[parameter])
+                ramp = torch.linspace(1, 2, value.numel(), dtype=torch.float64)
+                numbers[f"{name} {key}"] = [value.double().norm().item(), (value.double().flatten() @ ramp).item()]
+    return numbers
+
+
+def uncut(stage: int, **options: Any) -> dict[str, Any]:
+    return Loop(stage, silent=True, **options).train().result()
+
+
+def cut(stage: int, **options: Any) -> dict[str, Any]:
+    loop = Loop(stage, **options).train(last=CUT_AFTER).cut()
+    # DeepSpeed's own way to the moments fails for all groups but the first, until an engine is rebuilt.
+    found = all(
+        torch.equal(safe_get_full_optimizer_state(item, "exp_avg"), full_state(loop.engine, item)["exp_avg"])
+        for item in loop.model.parameters()
+    )
+    return loop.train(first=CUT_AFTER + 1).result(found=found)
+
+
+def cut_before_training(stage: int) -> dict[str, Any]:
+    """There are no moments yet."""
+    return Loop(stage, silent=True).cut().train().result()
+
+
+def taken_back(stage: int, **options: Any) -> dict[str, Any]:
+    """A cut is undone after two steps; those steps are forgotten."""
+    loop = Loop(stage, **options).train(last=CUT_AFTER)
+    parts, losses = parts_on_host(loop.engine), list(loop.losses)
+    loop.cut().train(first=1, last=2)
+    small = loop.model.config.state_size
+    grow_back(loop.engine)
+    restore_parts(loop.engine, parts)
+    loop.losses = losses
+    for group, rate in zip(loop.engine.optimizer.param_groups, (2.5e-3, 2.5e-3), strict=True):
+        group["lr"] = rate
+    loop.engine.lr_scheduler.last_epoch = CUT_AFTER
+    return loop.train(first=CUT_AFTER + 1).result(small=small)
+
+
+def refitted_master_weights() -> dict[str, Any]:
+    """With 16-bit weights, the refit is made of the master weights, and the module's are its roundings."""
+    loop = Loop(2, **BF16).train(last=CUT_AFTER)
+    ((name, mixer), *_) = find_mixers(loop.model).items()
+    axis, block = mixer.layout.readout_axis(mixer.module)
+    rows = full_state(loop.engine, axis.tensor)[MASTER][axis.block(block, 8)].double()
+    plan = plan_for(loop.model, silent=False)
+    loop.engine.optimizer.overflow, loop.engine.optimizer.clip_grad = True, 0.25
+    names = ("overflow", "clip_grad", "loss_scaler", "_global_grad_norm")
+    told = [getattr(loop.engine.optimizer, key) for key in names]
+    loop.cut()
+    carried = told == [getattr(loop.engine.optimizer, key) for key in names]
+    master = full_state(loop.engine, mixer.layout.readout_axis(mixer.module)[0].tensor)[MASTER]
+    expected = (plan.layers[name].readout @ rows).float()
+    rounded = all(
+        torch.equal(full_state(loop.engine, item)[MASTER].to(item.dtype), item) for item in loop.model.parameters()
+    )
+    loop.engine.destroy()
+    return {
+        "refitted": torch.equal(master[axis.block(block, 4)], expected),
+        "rounded": rounded,
+        "carried": carried,
+    }
+
+
+def refusals() -> dict[str, Any]:
+    """What `why_not_in_process` and `parameter_groups` say, by what is wrong."""
+    messages = {}
+    options = {"offload": {"zero": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}}
+    options["16-bit ZeRO-1"] = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
+    for name, given in options.items():
+        loop = Loop(1, **given)
+        messages[name] = why_not_in_process(loop.engine)
+        loop.engine.destroy()
+    for stage in (0, 2, 3):
+        loop = Loop(stage)
+        messages[f"ZeRO-{stage}"] = why_not_in_process(loop.engine)
+        if stage == 2:
+            basic = loop.engine.optimizer.optimizer
+            loop.engine.optimizer.optimizer = SGD(basic.param_groups[0]["params"])
+            partition = loop.engine.optimizer.single_partition_of_fp32_groups[0]
+            loop.engine.optimizer.optimizer.state[partition] = {"noise": torch.zeros_like(partition)}
+            messages["optimizer"] = why_not_in_process(loop.engine)
+        loop.engine.destroy()
+    loop = Loop(2, micro_batches=2)
+    ids = tokens(2, 12)
+    loop.engine.backward(loop.engine(input_ids=ids, labels=ids).loss)
+    loop.engine.step()
+    try:
+        loop.cut()
+    except RuntimeError as error:
+        messages["accumulating"] = str(error)
+    loop.engine.destroy()
+    return messages
+
+
+def read_under_zero3() -> dict[str, Any]:
+    """Each mixer's whole parameters between two steps, and in a replay there, which change nothing of the training."""
+    model = model_of("mamba", silent=False)
+    engine, seen, losses = engine_of(model, 3, zero={"stage3_param_persistence_threshold": 0}), {}, []
+
+    def look(name: str, module: nn.Module) -> None:
+        with readable(module):
+            seen.setdefault(name, []).append({key: item.norm().item() for key, item in module.named_parameters()})
+
+    for step in range(1, STEPS + 1):
+        mine = tokens(8, 12, seed=step).chunk(WORLD)[RANK]
+        loss = engine(input_ids=mine, labels=mine).loss
+        engine.backward(loss)
+        engine.step()
+        total = loss.detach() / WORLD
+        dist.all_reduce(total)
+        losses.append(total.item())
+        if step == CUT_AFTER:
+            mixers = find_mixers(model)
+            for name, mixer in mixers.items():
+                look(name, mixer.module)
+                seen[name].append(sum(item.numel() for item in mixer.module.parameters()))
+            handles = [
+                mixer.module.register_forward_pre_hook(lambda module, _, name=name: look(name, module))
+                for name, mixer in mixers.items()
+            ]
+            with evaluation_mode(model):
+                replay(model, {"input_ids": tokens(2, 9, seed=40)}, logits=False)
+            for handle in handles:
+                handle.remove()
+    engine.destroy()
+    return {"losses": losses, "seen": seen}
+
+
+def _deepspeed_on_cpu() -> None:
+    """Accelerate knows DeepSpeed only with GPUs: without one it is to be told of gloo, and of the processes."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    PartialState(backend="gloo")
+    del os.environ["ACCELERATE_USE_DEEPSPEED"]
+
+
+def trainer(stage: int, directory: Path, cutting: bool = True, resume: Path | None = None, **options: Any) -> dict:
+    """The stock Trainer; its checkpoints after the cut are of the smaller model."""
+    _deepspeed_on_cpu()
+    model = model_of("mamba", silent=True) if resume is None else MambaForCausalLM.from_pretrained(resume)
+    config = {
+        "zero_optimization": {"stage": stage},
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+    }
+    held = []
+
+    def act(optimizer: Any, **others: Any) -> None:
+        engine = trainer.model_wrapped
+        cut_under_zero(engine, plan_for(engine.module, silent=True))
+        held.append(optimizer.optimizer is engine.optimizer)
+
+    trainer = build_trainer(
+        model,
+        directory,
+        [AtStepEnd(CUT_AFTER, act)] if cutting else [],
+        data=examples(96),
+        use_cpu=False,
+        accelerator_config={"use_configured_state": True},
+        deepspeed=config,
+        weight_decay=0.1,
+        warmup_steps=2,
+        max_grad_norm=0.5,
+        **options,
+    )
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    return {
+        "rows": log_rows(trainer),
+        "weights": digest({name: item.detach() for name, item in trainer.model.named_parameters()}),
+        "state_size": trainer.model.config.state_size,
+        "held": held,
+        "processes": trainer.args.world_size,
+    }
+
+
+def accelerate_loop(cutting: bool) -> dict[str, Any]:
+    """A hand-written loop, as Accelerate prepares it."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    plugin = DeepSpeedPlugin(zero_stage=2, gradient_accumulation_steps=1, gradient_clipping=0.5)
+    accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+    model = model_of("mamba2", silent=True)
+    optimizer = adam(model)
+    rows = torch.cat([tokens(8, 12, seed=step) for step in range(1, STEPS + 1)])
+    loader = torch.utils.data.DataLoader(rows, batch_size=4)
+    engine, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, falling(optimizer))
+    losses = []
+    for step, batch in enumerate(loader, start=1):
+        with accelerator.accumulate(engine):
+            loss = engine(input_ids=batch, labels=batch).loss
+            accelerator.backward(loss)
+            optimizer.step()
+            scheduler.step()
+            optimizer.zero_grad()
+        losses.append(accelerator.reduce(loss.detach(), "mean").item())
+        if cutting and step == CUT_AFTER:
+            cut_under_zero(engine, plan_for(engine.module, silent=True))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    engine.destroy()
+    return {"losses": losses, "learning_rates": rates, "state_size": model.config.state_size}
+
+
+# What is run, and what it is compared with: `alone` with these options, or another entry.
+SILENCED = {
+    f"{what}, ZeRO-{stage}": (stage, options)
+    for stage in (1, 2)
+    for what, options in {"fp32": {}, "bf16": BF16}.items()
+}
+SMALL_BUCKETS = {"zero": {"reduce_bucket_size": 600, "contiguous_gradients": False, "round_robin_gradients": True}}
+LIKE_ONE_PROCESS: dict[str, tuple[int, dict[str, Any]]] = {
+    "ZeRO-1": (1, {}),
+    "ZeRO-2": (2, {}),
+    "ZeRO-1, accumulation": (1, {"micro_batches": 2}),
+    "ZeRO-2, accumulation": (2, {"micro_batches": 2}),
+    "ZeRO-2, Mamba-2": (2, {"architecture": "mamba2"}),
+    "ZeRO-2, torch's backward": (2, {"like_torch": True}),
+    "ZeRO-2, small buckets, shuffled": (2, SMALL_BUCKETS),
+    "ZeRO-1, overlapping, all-reduced": (1, {"zero": {"overlap_comm": True, "reduce_scatter": False}}),
+}
+
+
+def alone(
+    architecture: str = "mamba", micro_batches: int = 1, cutting: bool = True, last: int = STEPS, **_: Any
+) -> dict[str, Any]:
+    """The same steps in one process, with torch's own optimizer."""
+    model = model_of(architecture, silent=False)
+    optimizer = adam(model)
+    schedule, losses, norms = falling(optimizer), [], []
+    for step in range(1, last + 1):
+        for part in tokens(8, 12, seed=step).chunk(micro_batches):
+            loss = model.train()(input_ids=part, labels=part).loss
+            (loss / micro_batches).backward()
+            losses.append(loss.item())
+        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if cutting and step == CUT_AFTER:
+            compress_(model, plan_for(model, silent=False), optimizer)
+    states = {
+        f"{name} {key}": value
+        for name, item in model.named_parameters()
+        for key, value in optimizer.state[item].items()
+    }
+    return {
+        "losses": losses,
+        "norms": norms,
+        "learning_rates": [group["lr"] for group in optimizer.param_groups],
+        "of the kept": of_the_kept(model, states),
+        "mixers": {
+            name: {key: item.norm().item() for key, item in mixer.module.named_parameters()}
+            for name, mixer in find_mixers(model).items()
+        },
+    }
+
+
+def main() -> None:
+    output = Path(sys.argv[1])
+    # It would be compiled on the first start, which takes a minute, and is only there to be faster.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    results = {}
+    for name, (stage, options) in SILENCED.items():
+        results[f"{name}, uncut"] = uncut(stage, **options)
+        results[name] = cut(stage, silent=True, **options)
+    for name, (stage, options) in LIKE_ONE_PROCESS.items():
+        results[name] = cut(stage, **options)
+    results["before training"] = cut_before_training(2)
+    results["taken back"] = taken_back(2)
+    results["taken back, bf16"] = taken_back(1, silent=True, **BF16)
+    results["refitted"] = refitted_master_weights()
+    results["refusals"] = refusals()
+    results["ZeRO-3"] = read_under_zero3()
+    for stage in (1, 2):
+        saved = output / f"saved-{stage}"
+        results[f"Trainer, ZeRO-{stage}, uncut"] = trainer(stage, output / "uncut", cutting=False)
+        results[f"Trainer, ZeRO-{stage}"] = trainer(stage, saved, save_strategy="steps", save_steps=6)
+        resumed = trainer(stage, output / "resumed", cutting=False, resume=saved / "checkpoint-6")
+        results[f"Trainer, ZeRO-{stage}, resumed"] = resumed
+    for cutting in (False, True):
+        results[f"Accelerate, cut {cutting}"] = accelerate_loop(cutting)
+    (output / f"{RANK}.json").write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
