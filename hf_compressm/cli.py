@@ -62,7 +62,11 @@ def estimate(
         Literal["ddp", "fsdp2", "zero1", "zero2", "zero3"], typer.Option(help="What shares the model out.")
     ] = "ddp",
     dtype: Annotated[str, typer.Option(help="Type of the weights in training.")] = "bfloat16",
+    optimizer: Annotated[Literal["adamw", "lion", "sgd"], typer.Option(help="What trains it.")] = "adamw",
     realization: Annotated[Literal["stock", "projected"], typer.Option(help="What the smaller model is.")] = "stock",
+    sequences: Annotated[int, typer.Option(help="Sequences that each process trains on at once.")] = 1,
+    length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
+    device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Where step times were measured.")] = "cuda",
     as_json: AsJson = False,
 ) -> None:
     """Tell what a cut takes and what it brings, without the model's weights: memory, communication, expected speed."""
@@ -78,7 +82,11 @@ def estimate(
             world_size=world_size,
             strategy=strategy,
             dtype=dtype,
+            optimizer=optimizer,
             realization=realization,
+            sequences=sequences,
+            length=length,
+            device=device,
         )
     except (ValueError, TypeError, OSError) as error:
         _fail(error)

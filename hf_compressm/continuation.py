@@ -55,7 +55,7 @@ def cut_checkpoint(
     Raises:
         What `reshape_checkpoint` raises. The plan then lies in the directory, to try again with.
     """
-    checkpoint = Path(checkpoint)
+    checkpoint = Path(checkpoint).absolute()
     smaller = checkpoint.with_name(f"cut-{checkpoint.name}")
     plan.save(Path(directory) / f"{checkpoint.name}-plan.json")
     reshape_checkpoint(checkpoint, plan, smaller)
