@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
 import resource
 import shutil
+import signal
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +22,7 @@ from training import AtStepEnd, build_trainer, config
 from transformers import AutoModelForCausalLM
 
 from hf_compressm import CompressionPlan, CompreSSMCallback, compress_, compressor, find_mixers, read_record
-from hf_compressm.reshape import reshape_checkpoint
+from hf_compressm.reshape import reshape_checkpoint, route
 from hf_compressm.reshape.work import anonymous_memory
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -344,6 +348,66 @@ def test_a_full_disk_leaves_nothing_behind(saved, tmp_path, limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert list((tmp_path / "out").iterdir()) == []
     assert contents(saved) == before
+
+
+def as_another_user(target: Callable[[], None]) -> int:
+    """Run something in a process that may not write everywhere, as root may; returns its exit code."""
+
+    def run() -> None:
+        if os.geteuid() == 0:
+            os.seteuid(65534)
+        target()
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
+def test_a_read_only_directory_is_refused(saved):
+    # pytest's own folders are closed to other users.
+    with tempfile.TemporaryDirectory() as folder:
+        (out := Path(folder) / "out").mkdir()
+        Path(folder).chmod(0o755)
+        checkpoint = Path(folder) / "checkpoint"
+        shutil.copytree(saved, checkpoint)
+        for item in (out, checkpoint, *checkpoint.iterdir()):
+            item.chmod(0o555 if item.is_dir() else 0o444)
+        before = contents(checkpoint)
+
+        def refused() -> None:
+            with pytest.raises(PermissionError, match="out"):
+                reshape_checkpoint(checkpoint, plan_for(), out / "small")
+
+        assert as_another_user(refused) == 0
+        assert list(out.iterdir()) == [] and contents(checkpoint) == before
+        # A checkpoint that nobody may write to is no obstacle: it is only read.
+        out.chmod(0o777)
+        assert as_another_user(lambda: reshape_checkpoint(checkpoint, plan_for(), out / "small")) == 0
+        assert (out / "small" / "model.safetensors").exists() and contents(checkpoint) == before
+
+
+@pytest.mark.parametrize("stage", ["rewrite_optimizer", "write_record", "_sync"])
+def test_a_kill_leaves_no_output(saved, tmp_path, stage, monkeypatch):
+    """What was begun lies beside, hidden; the output is not there, and a second try makes it."""
+    before = contents(saved)
+
+    def die(*_: Any, **__: Any) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed() -> None:
+        owner = route.torch_files if stage == "rewrite_optimizer" else route
+        setattr(owner, stage, die)
+        reshape_checkpoint(saved, plan_for(), tmp_path / "small")
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert not (tmp_path / "small").exists() and contents(saved) == before
+    assert all(item.name.startswith(".small.") for item in tmp_path.iterdir())
+    reshape_checkpoint(saved, plan_for(), tmp_path / "small")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "small").config.state_size == 3
 
 
 def test_unknown_files_are_copied_and_the_report_lists_them_all(saved, tmp_path):

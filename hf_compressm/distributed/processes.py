@@ -48,10 +48,9 @@ class Processes:
 
     @property
     def _device(self) -> torch.device:
-        """Where the group takes tensors from."""
-        if dist.get_backend(self.group) == dist.Backend.NCCL:
-            return torch.device("cuda", torch.cuda.current_device())
-        return torch.device("cpu")
+        """Where the group takes tensors from: the host if it can, else its accelerator."""
+        kinds = {device.type for device in self.group._device_types}
+        return torch.device("cpu" if "cpu" in kinds else min(kinds))
 
     @torch.no_grad()
     def sum(self, tensors: Sequence[torch.Tensor]) -> None:
