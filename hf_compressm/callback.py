@@ -24,7 +24,7 @@ from .checkpoint import (
 from .compressor import Compressor
 from .config import CompreSSMConfig
 from .continuation import Continuation, cut_checkpoint
-from .distributed.processes import all_processes
+from .distributed.processes import all_processes, warn
 from .distributed.wrappers import kind_of, unwrap
 from .modeling_compressm import PROJECTIONS
 from .report import CompressionReport
@@ -306,7 +306,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         return control
 
     def _keep_unevaluated(self) -> None:
-        logger.warning(f"training ends before the cut at step {self.history[-1]['step']} is evaluated; it stays")
+        warn(logger, f"training ends before the cut at step {self.history[-1]['step']} is evaluated; it stays")
         self.compressor.keep()
 
     def _judge(self, name: str, value: float, greater_is_better: bool, state: TrainerState) -> None:
@@ -317,9 +317,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         # Not a number is worse than any.
         if not worse_by <= self.config.pragmatic_tolerance:
             self.compressor.take_back()
-            logger.warning(
-                f"the cut at step {self.history[-1]['step']} is taken back, and none will follow: {verdict}"
-            )
+            warn(logger, f"the cut at step {self.history[-1]['step']} is taken back, and none will follow: {verdict}")
         else:
             self.compressor.keep()
             logger.info(f"the cut at step {self.history[-1]['step']} stays: {verdict}")

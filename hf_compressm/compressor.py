@@ -18,10 +18,17 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.utils import logging
 
-from .checkpoint import resize_while_loading, save_config, stop_resizing_while_loading, write_record
+from .checkpoint import (
+    load_inputs,
+    resize_while_loading,
+    save_config,
+    save_inputs,
+    stop_resizing_while_loading,
+    write_record,
+)
 from .config import CompreSSMConfig
 from .continuation import Continuation, cut_checkpoint
-from .distributed import deepspeed
+from .distributed import deepspeed, fsdp2
 from .distributed.ddp import rebuild_reducer, reducer_is_stale
 from .distributed.processes import ALONE, NonFiniteError, all_processes
 from .distributed.wrappers import is_sharded, kind_of, processes_of, unwrap, why_not_in_process, zero_engine
@@ -150,6 +157,10 @@ class Compressor:
         self.recorder = InputRecorder(self.model, self.wanted_tokens, self.processes.size)
         if not is_sharded(self.model, self.wrapper) and self.engine is None:
             resize_while_loading(self.model, self._follow_resize)
+        if accelerator is not None:
+            # What it pickles of registered objects is of the first process only, and here each has inputs of its own.
+            accelerator.register_save_state_pre_hook(self._save_inputs)
+            accelerator.register_load_state_pre_hook(self._load_inputs)
         self.follow_loaded_weights()
 
     @property
@@ -182,16 +193,16 @@ class Compressor:
         self._record_if_soon_due()
         if not self.pending:
             return None
-        # It may have changed: an optimizer has no state before its first step, and DDP's join() is a context.
-        self.why_not_in_process = why_not_in_process(self.model, self.wrapper)
         self._check_optimizer_early()
         if self.global_step < self.pending[0]:
             return None
+        # It may have changed: an optimizer has no state before its first step, and DDP's join() is a context.
+        self.why_not_in_process = why_not_in_process(self.model, self.wrapper)
         gathered = self._gathered_tokens()
         if gathered < self.wanted_tokens:
             if not self._announced_wait:
                 self._announced_wait = True
-                logger.warning(
+                self._warn(
                     f"the cut due at step {self.pending[0]} waits: {gathered} of {self.wanted_tokens} calibration "
                     "tokens have passed by"
                 )
@@ -224,7 +235,7 @@ class Compressor:
         except NonFiniteError as error:
             if self.config.on_non_finite == "raise":
                 raise
-            logger.warning(f"the cut at step {self.global_step} is skipped: {error}")
+            self._warn(f"the cut at step {self.global_step} is skipped: {error}")
             self._skip(str(error), scheduled)
             return None
         if not plan.changes:
@@ -266,13 +277,15 @@ class Compressor:
         update_configs(self.model)
         if self.engine is not None:
             deepspeed.rebuild_optimizer(self.engine, groups, {})
-        self.model.load_state_dict(snapshot["model"])
+        with torch.no_grad():
+            for name, tensor in self.model.state_dict().items():
+                fsdp2.local_part(tensor).copy_(snapshot["model"][name])
         if self.engine is not None:
             deepspeed.restore_parts(self.engine, snapshot["optimizer"])
         if self.optimizer is not None:
             # Only the moments go back: the learning rate has moved on with the schedule.
             for parameter, state in zip(_parameters(self.optimizer), snapshot["optimizer"], strict=True):
-                self.optimizer.state[parameter] = {key: _from_host(value) for key, value in state.items()}
+                self.optimizer.state[parameter] = {key: give_back() for key, give_back in state.items()}
             check_optimizer(self.model, self.optimizer)
         self._repair_wrapper()
         self.state_size = max(state_size for state_size, _ in snapshot["sizes"].values())
@@ -420,7 +433,7 @@ class Compressor:
         for name, mixer in find_mixers(self.model).items():
             for axis in mixer.layout.state_axes(mixer.module):
                 if axis.tensor.requires_grad and id(axis.tensor) not in held:
-                    logger.warning(
+                    self._warn(
                         f"layer {name}: {axis.parameter} of {type(axis.module).__name__} requires gradients, but the "
                         "optimizer does not update it; if that is not meant, build the optimizer anew"
                     )
@@ -467,15 +480,23 @@ class Compressor:
                 name: (mixer.state_size, mixer.module.feature_size if mixer.is_projected else None)
                 for name, mixer in find_mixers(self.model).items()
             },
-            "model": {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()},
+            "model": {
+                name: fsdp2.local_part(tensor).detach().to("cpu", copy=True)
+                for name, tensor in self.model.state_dict().items()
+            },
             "optimizer": deepspeed.parts_on_host(self.engine)
             if self.engine is not None
             else self.optimizer
             and [
-                {key: _to_host(value) for key, value in self.optimizer.state.get(parameter, {}).items()}
+                {key: fsdp2.keep_on_host(value) for key, value in self.optimizer.state.get(parameter, {}).items()}
                 for parameter in _parameters(self.optimizer)
             ],
         }
+
+    def _warn(self, message: str) -> None:
+        """Once, not once on each process."""
+        if self.processes.is_main:
+            logger.warning(message)
 
     def _skip(self, reason: str, scheduled: int) -> None:
         self._done_until = max(scheduled, self.global_step)
@@ -509,6 +530,14 @@ class Compressor:
                 label = f"{name}: {axis.parameter}"
                 check_state(self.optimizer, axis.tensor, label, axis.dim)
 
+    def _save_inputs(self, models: list[nn.Module], weights: list[dict], directory: str | Path) -> None:
+        if self.recorder.batches:
+            save_inputs(self.recorder.batches, directory, all_processes().rank)
+
+    def _load_inputs(self, models: list[nn.Module], directory: str | Path) -> None:
+        self.recorder.batches.clear()
+        self.recorder.batches.extend(load_inputs(directory, all_processes().rank) or [])
+
     def _follow_resize(self, mixer: Mixer, pairs: ParameterPairs) -> None:
         """Weights of another size were loaded: the optimizer takes the new parameters, without moments."""
         if self.optimizer is not None:
@@ -526,15 +555,3 @@ def _timed(seconds: dict[str, float], part: str) -> Iterator[None]:
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
-
-
-def _to_host(value: Any) -> tuple[torch.device | None, Any]:
-    """A copy of an optimizer's state entry on the host, and the device it came from."""
-    if not isinstance(value, torch.Tensor):
-        return None, value
-    return value.device, value.detach().to("cpu", copy=True)
-
-
-def _from_host(entry: tuple[torch.device | None, Any]) -> Any:
-    device, value = entry
-    return value if device is None else value.to(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from transformers.utils import logging
 
 from .config import is_whole
+from .distributed.processes import warn
 
 logger = logging.get_logger(__name__)
 
@@ -40,7 +41,7 @@ def cut_steps(schedule: str | list[int | float], total_steps: int, warmup_steps:
     if not reached:
         raise ValueError(f"no cut would be made: schedule {schedule!r} means steps {steps} of {total_steps}")
     if len(reached) < len(steps):
-        logger.warning(f"cuts at steps {steps[len(reached) :]} lie beyond the last of the {total_steps} steps")
+        warn(logger, f"cuts at steps {steps[len(reached) :]} lie beyond the last of the {total_steps} steps")
     if schedule != "compressm" and reached[0] < warmup_steps:
-        logger.warning(f"the cut at step {reached[0]} falls into learning-rate warm-up ({warmup_steps} steps)")
+        warn(logger, f"the cut at step {reached[0]} falls into learning-rate warm-up ({warmup_steps} steps)")
     return reached

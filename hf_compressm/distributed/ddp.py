@@ -38,7 +38,7 @@ def rebuild_reducer(ddp: DistributedDataParallel, replaced: list[nn.Parameter]) 
         ddp._static_graph_delay_allreduce_enqueued = False
     hooks, ddp._comm_hooks = list(ddp._comm_hooks), []
     for hook, state in hooks:
-        _forget_tensors(state)
+        _forget_tensors(state, tell=processes.is_main)
         ddp.register_comm_hook(state, hook)
 
 
@@ -66,10 +66,12 @@ def _parameters_of(ddp: DistributedDataParallel) -> list[nn.Parameter]:
     return [item for name, item in ddp.module.named_parameters() if name not in ddp.parameters_to_ignore]
 
 
-def _forget_tensors(state: object) -> None:
+def _forget_tensors(state: object, tell: bool) -> None:
     """Empty what a communication hook remembers per bucket (PowerSGD's errors and factors): the buckets changed."""
     for name in ("error_dict", "p_memory_dict", "q_memory_dict"):
         remembered = getattr(state, name, None)
         if remembered:
             remembered.clear()
+            if not tell:
+                continue
             logger.warning(f"{type(state).__name__}.{name} was emptied: gradients are bucketed anew after the cut")

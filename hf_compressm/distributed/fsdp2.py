@@ -12,7 +12,7 @@ On models and tensors that are not sharded, everything here does what it would d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,10 +94,27 @@ def shard_like(old: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
     return _sharded(values, old.device_mesh, old.placements, old.to_local().device)
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's shard of a tensor, in the same memory; a plain one is its own."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def keep_on_host(value: Any) -> Callable[[], Any]:
+    """Copy this process's part of an optimizer's state entry to the host; what is returned gives the entry back."""
+    if not isinstance(value, torch.Tensor):
+        return lambda: value
+    local = local_part(value)
+    copy, device = local.detach().to("cpu", copy=True), local.device
+    if not isinstance(value, DTensor):
+        return lambda: copy.to(device)
+    layout = {"shape": value.shape, "stride": value.stride(), "run_check": False}
+    mesh, placements = value.device_mesh, value.placements
+    return lambda: DTensor.from_local(copy.to(device), mesh, placements, **layout)
+
+
 def is_made_of_plain_tensors(tensor: torch.Tensor) -> bool:
     """Whether a tensor, or each shard of it, is of torch's own type, not of a subclass such as quantized ones."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return type(local) is torch.Tensor
+    return type(local_part(tensor)) is torch.Tensor
 
 
 def refuse_unsupported(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -159,6 +160,12 @@ def all_processes() -> Processes:
     """All processes of torch.distributed, or this one alone if there are no others."""
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return Processes(dist.group.WORLD) if several else ALONE
+
+
+def warn(logger: logging.Logger, message: str) -> None:
+    """Log a warning once, not once in each process."""
+    if all_processes().is_main:
+        logger.warning(message)
 
 
 def _cut_to(buffers: list[torch.Tensor], lengths: list[int]) -> list[bytes]:
