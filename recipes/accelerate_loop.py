@@ -10,27 +10,32 @@ It learns the source code of Python's standard library byte by byte, on one proc
 script of your own: what shrinks the state are the lines with `compressor`.
 """
 
-from __future__ import annotations
-
 import argparse
+import logging
+import math
 import sysconfig
-from itertools import chain
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
-from datasets import load_dataset
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, MambaConfig, default_data_collator, get_cosine_schedule_with_warmup
+from transformers import AutoModelForCausalLM, MambaConfig, get_cosine_schedule_with_warmup
 
 from hf_compressm import CompreSSMConfig, Compressor, read_record
 
 
-def parse_arguments() -> argparse.Namespace:
+def load_blocks(files: list[Path], block_size: int) -> torch.Tensor:
+    """The bytes of all files, one file after the other, in rows."""
+    stream = torch.frombuffer(bytearray().join(file.read_bytes() for file in files), dtype=torch.uint8).long()
+    return stream[: len(stream) // block_size * block_size].view(-1, block_size)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", default="runs/accelerate_loop")
+    parser.add_argument("--files", nargs="+", type=Path, help="what to learn; default: Python's standard library")
+    parser.add_argument("--output_dir", type=Path, default="runs/accelerate_loop")
     parser.add_argument("--resume", help="a checkpoint of this script")
     parser.add_argument("--cpu", action="store_true", help="several processes on CPUs")
     parser.add_argument("--report_to", help="a tracker: trackio, tensorboard, wandb, ...")
@@ -42,46 +47,31 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch_size", type=int, default=8, help="sequences in each process")
     parser.add_argument("--block_size", type=int, default=128, help="bytes per sequence")
     parser.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
-    return parser.parse_args()
+    args = parser.parse_args()
 
-
-def load_blocks(block_size: int):
-    """Bytes of text in blocks, one document after the other."""
-    files = f"{sysconfig.get_path('stdlib')}/*.py"
-    texts = load_dataset("text", data_files=files, split="train", sample_by="document")
-
-    def pack(batch: dict[str, list[str]]) -> dict[str, list[list[int]]]:
-        stream = list(chain.from_iterable(text.encode() for text in batch["text"]))
-        blocks = [stream[i : i + block_size] for i in range(0, len(stream) - block_size + 1, block_size)]
-        return {"input_ids": blocks, "labels": blocks}
-
-    return texts.map(pack, batched=True, remove_columns="text")
-
-
-def main() -> None:
-    args = parse_arguments()
-    accelerator = Accelerator(
-        cpu=args.cpu,
-        gradient_accumulation_steps=args.accumulation,
-        log_with=args.report_to,
-        project_dir=args.output_dir,
-    )
-    accelerator.init_trackers("accelerate_loop", config={k: v for k, v in vars(args).items() if v is not None})
+    # The order of an epoch follows from its number: a resumed run sees what the unbroken one would have seen.
+    order = DataLoaderConfiguration(use_seedable_sampler=True)
+    options = {"gradient_accumulation_steps": args.accumulation, "dataloader_config": order}
+    accelerator = Accelerator(cpu=args.cpu, log_with=args.report_to, project_dir=args.output_dir, **options)
+    accelerator.init_trackers("accelerate_loop")
+    if not accelerator.is_main_process:
+        logging.disable(logging.WARNING)
     set_seed(0)
-    with accelerator.main_process_first():
-        blocks = load_blocks(args.block_size)
-    loader = DataLoader(blocks, args.batch_size, shuffle=True, drop_last=True, collate_fn=default_data_collator)
+    blocks = load_blocks(args.files or sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")), args.block_size)
+    loader = DataLoader(blocks, args.batch_size, shuffle=True, drop_last=True)
+    sizes = {"vocab_size": 256, "hidden_size": args.hidden_size, "num_hidden_layers": 2}
+    config = MambaConfig(**sizes, state_size=args.state_size, tie_word_embeddings=False, use_mambapy=True)
     if args.resume:
-        # The checkpoint's own config: the model has its state size before anything is wrapped or loaded.
+        # It tells the state size, which the model must have before anything is wrapped or loaded.
         config = MambaConfig.from_pretrained(args.resume)
-    else:
-        sizes = {"vocab_size": 256, "hidden_size": args.hidden_size, "state_size": args.state_size}
-        config = MambaConfig(**sizes, num_hidden_layers=2, use_mambapy=True)
     model = AutoModelForCausalLM.from_config(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    # Accelerate's scheduler makes a step for every process.
     warmup, processes = args.steps // 20, accelerator.num_processes
     scheduler = get_cosine_schedule_with_warmup(optimizer, warmup * processes, args.steps * processes)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
+    if len(loader) == 0:
+        raise ValueError(f"--files have {len(blocks)} blocks of --block_size: fewer than --batch_size on each process")
     compressor = Compressor(
         CompreSSMConfig(state_size=args.target_state_size),
         model,
@@ -94,34 +84,40 @@ def main() -> None:
     accelerator.register_for_checkpointing(compressor)
     if args.resume:
         accelerator.load_state(args.resume)
-    progress = tqdm(total=args.steps, initial=compressor.global_step, disable=not accelerator.is_main_process)
 
     model.train()
-    step, goes_on = compressor.global_step, None
-    while step < args.steps and goes_on is None:
-        for batch in loader:
+    is_main, accumulation, goes_on = accelerator.is_main_process, accelerator.gradient_accumulation_steps, None
+    progress = tqdm(total=args.steps, initial=compressor.global_step, disable=not is_main, delay=1)
+    while compressor.global_step < args.steps and goes_on is None:
+        epoch, done = divmod(compressor.global_step, math.ceil(len(loader) / accumulation))
+        loader.set_epoch(epoch)
+        for batch in accelerator.skip_first_batches(loader, done * accumulation):
             with accelerator.accumulate(model):
-                loss = model(**batch).loss
+                loss = model(input_ids=batch, labels=batch).loss
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     accelerator.clip_grad_norm_(model.parameters(), 1.0)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
-            report = compressor.step()
-            if report is not None:
-                accelerator.print(f"\nstep {report.step}\n{report}")
-                accelerator.log(report.metrics(), step=report.step)
             if not accelerator.sync_gradients:
                 continue
-            step = compressor.global_step
+            report, step = compressor.step(), compressor.global_step
+            metrics = {"loss": accelerator.reduce(loss.detach(), "mean").item(), "lr": scheduler.get_last_lr()[0]}
+            if report is not None:
+                metrics |= report.metrics()
+                if is_main:
+                    tqdm.write(f"\nCompreSSM, step {step}\n{report}\n")
+            accelerator.log(metrics, step=step)
+            progress.set_postfix({"loss": f"{metrics['loss']:.3f}", "N": compressor.state_size}, refresh=False)
             progress.update()
-            accelerator.log({"loss": accelerator.reduce(loss.detach(), "mean").item()}, step=step)
             # FSDP1 and DeepSpeed's ZeRO-3 cannot be cut while they train: their checkpoint is, and this run ends.
             if step % args.save_every == 0 or step == args.steps or compressor.plan_for_checkpoint is not None:
-                goes_on = compressor.save_state(Path(args.output_dir) / f"step_{step}")
+                goes_on = compressor.save_state(args.output_dir / f"step_{step}")
             if step == args.steps or goes_on is not None:
                 break
+    progress.close()
+    accelerator.print(f"checkpoints are in {args.output_dir}")
     accelerator.end_training()
 
 

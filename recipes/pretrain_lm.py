@@ -61,6 +61,7 @@ from transformers import (
     set_seed,
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+from transformers.trainer_pt_utils import get_model_param_count
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
 
@@ -278,7 +279,7 @@ def summary(trainer: Trainer, timer: StepTimer, history: list[dict[str, Any]], m
     for entry in history:
         if entry["status"] == "cut":
             parameters[entry["layers"][0]["state_size_before"]] = entry["parameters_before"]
-    parameters[trainer.model.config.state_size] = trainer.model.num_parameters()
+    parameters[trainer.model.config.state_size] = get_model_param_count(trainer.model)
     lines = [f"{'state size N':>12}  {'parameters':>13}  {'ms per step':>11}"]
     for state_size, number in parameters.items():
         milliseconds = timer.milliseconds(state_size)
@@ -333,8 +334,8 @@ def main(arguments: list[str] | None = None) -> Trainer:
         callbacks=[timer, callback] if cut_args.cut else [timer],
     )
     logger.info(
-        f"{model_args.architecture} with {trainer.model.num_parameters():,} parameters, {len(tokenizer):,} tokens in "
-        f"the vocabulary; {len(blocks['train']):,} blocks of {data_args.block_size} tokens to learn from, "
+        f"{model_args.architecture} with {get_model_param_count(trainer.model):,} parameters, {len(tokenizer):,} "
+        f"tokens in the vocabulary; {len(blocks['train']):,} blocks of {data_args.block_size} tokens to learn from, "
         f"{len(blocks['test']):,} held out"
     )
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
@@ -347,6 +348,9 @@ def main(arguments: list[str] | None = None) -> Trainer:
     metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700))
     metrics["eval_bits_per_byte"] = metrics["eval_loss"] / math.log(2) * tokens_per_byte
     trainer.save_metrics("eval", metrics)
+    if trainer.is_fsdp_enabled:
+        # Checkpoints may be sharded, but of shards the Trainer saves no model.
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
     if is_main:
         print(f"\n{summary(trainer, timer, callback.history, metrics)}\n{training_args.output_dir}/ holds the model")

@@ -26,6 +26,8 @@ def main(arguments: list[str] | None = None) -> int:
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
         parser.error("give the command after --")
+    # A run names the whole command line that started it; if that is this one, its own first words are not needed.
+    own = sys.orig_argv[: len(sys.orig_argv) - len(command)]
     while command:
         before = written_at(args.output_dir)
         print(f"until_done: {shlex.join(command)}", flush=True)
@@ -34,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
             return code
         # Only a file that this command wrote is news.
         command = Continuation.read(args.output_dir).command if written_at(args.output_dir) != before else None
+        if command and command[: len(own)] == own:
+            command = command[len(own) :]
     return 0
 
 

@@ -16,10 +16,6 @@ from .processes import Processes, all_processes
 WRAPPERS = ("DeepSpeedEngine", "FullyShardedDataParallel")
 
 
-# Classes with the model in their attribute `module`, by name: their libraries need not be imported.
-WRAPPERS = ("DeepSpeedEngine", "FullyShardedDataParallel")
-
-
 def unwrap(model: nn.Module) -> tuple[nn.Module, nn.Module | None]:
     """Peel wrappers off a model: torch.compile, DataParallel, DDP, FSDP and DeepSpeed's engine.
 

@@ -88,7 +88,7 @@ def _resize_axes(mixer: Mixer, state_size: int, model: nn.Module) -> ParameterPa
         fsdp2.put_parameter(model, axis.module, axis.parameter, new)
         pairs.append((old, new))
     mixer.layout.set_state_size(mixer.module, state_size)
-    logger.info(f"{mixer.name}: state_size {before} -> {state_size}, to fit the weights that are loaded")
+    logger.info(f"{mixer.name}: state_size {before} -> {state_size}")
     return pairs
 
 

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +25,20 @@ from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from train_worker import digest
-from training import KEPT, SILENT, AtStepEnd, build_trainer, examples, log_rows
-from transformers import MambaForCausalLM
+from training import KEPT, SILENT, AtStepEnd, build_trainer, config, examples, log_rows
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
 
-from hf_compressm import CompressionPlan, find_mixers
+import hf_compressm.callback
+from hf_compressm import CompressionPlan, CompreSSMCallback, Compressor, compress_, find_mixers, read_record
 from hf_compressm.distributed.deepspeed import (
     MASTER,
     full_state,
     hooks_of,
     optimizer_bytes,
-    parameter_groups,
-    parts_on_host,
     readable,
-    rebuild_optimizer,
-    restore_parts,
     why_not_in_process,
 )
-from hf_compressm.mixers import Mixer, StateAxis
-from hf_compressm.mixers.resize import update_configs
-from hf_compressm.optimizer import replace_parameter
-from hf_compressm.plan import LayerPlan
 from hf_compressm.replay import evaluation_mode, replay
-from hf_compressm.surgery import compress_, smaller_values
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 STEPS, CUT_AFTER = 7, 4
@@ -72,9 +64,10 @@ def plan_for(model: nn.Module, silent: bool) -> CompressionPlan:
 
 
 def adam(model: nn.Module) -> AdamW:
-    """Two groups, as the Trainer makes them."""
-    decayed = [item for item in model.parameters() if item.dim() > 1]
-    others = [item for item in model.parameters() if item.dim() == 1]
+    """Two groups, as the Trainer makes them. Under ZeRO-3 parameters may be in parts from the start, and flat."""
+    dims = {item: len(getattr(item, "ds_shape", item.shape)) for item in model.parameters()}
+    decayed = [item for item, dim in dims.items() if dim > 1]
+    others = [item for item, dim in dims.items() if dim == 1]
     return AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=5e-3)
 
 
@@ -82,49 +75,8 @@ def falling(optimizer: torch.optim.Optimizer) -> LambdaLR:
     return LambdaLR(optimizer, lambda step: 1 / (1 + step / 4))
 
 
-def cut_under_zero(engine: Any, plan: CompressionPlan) -> None:
-    """What compress_ does, in the steps that concern ZeRO."""
-    groups, replaced, mixers = parameter_groups(engine), {}, find_mixers(engine.module)
-    for name, layer in plan.changes.items():
-        mixer = mixers[name]
-        for axis in mixer.layout.state_axes(mixer.module):
-            old, smaller = axis.tensor, smaller_of(mixer, axis, layer)
-            new = nn.Parameter(smaller(MASTER, old.detach()))
-            new.__dict__.update(old.__dict__)
-            setattr(axis.module, axis.parameter, new)
-            replace_parameter(groups, old, new, None)
-            replaced[new] = (old, smaller)
-        mixer.layout.set_state_size(mixer.module, layer.state_size_after)
-    update_configs(engine.module)
-    rebuild_optimizer(engine, groups, replaced)
-
-
-def smaller_of(mixer: Mixer, axis: StateAxis, layer: LayerPlan) -> Callable[[str, torch.Tensor], torch.Tensor]:
-    index = axis.index(layer.kept, layer.state_size_before)
-
-    def smaller(key: str, whole: torch.Tensor) -> torch.Tensor:
-        return smaller_values(mixer, axis, layer, whole) if key == MASTER else whole.index_select(axis.dim, index)
-
-    return smaller
-
-
-def grow_back(engine: Any) -> None:
-    """Parameters of the old shapes again, whatever their values."""
-    groups, replaced, mixers = parameter_groups(engine), {}, find_mixers(engine.module)
-    for mixer in mixers.values():
-        for axis in mixer.layout.state_axes(mixer.module):
-            old, shape = axis.tensor, list(axis.tensor.shape)
-            shape[axis.dim] = axis.length(8)
-            new = nn.Parameter(torch.zeros(shape, dtype=old.dtype))
-            setattr(axis.module, axis.parameter, new)
-            replace_parameter(groups, old, new, None)
-        mixer.layout.set_state_size(mixer.module, 8)
-    update_configs(engine.module)
-    rebuild_optimizer(engine, groups, replaced)
-
-
 def engine_of(model: nn.Module, stage: int, micro_batches: int = 1, zero: dict | None = None, **options: Any) -> Any:
-    config = {
+    settings = {
         "train_micro_batch_size_per_gpu": 4 // micro_batches,
         "gradient_accumulation_steps": micro_batches,
         "gradient_clipping": 0.5,
@@ -133,7 +85,7 @@ def engine_of(model: nn.Module, stage: int, micro_batches: int = 1, zero: dict |
     }
     optimizer = adam(model)
     return deepspeed.initialize(
-        model=model, optimizer=optimizer, lr_scheduler=falling(optimizer), config=config | options
+        model=model, optimizer=optimizer, lr_scheduler=falling(optimizer), config=settings | options
     )[0]
 
 
@@ -145,6 +97,7 @@ class Loop:
         self.micro_batches, self.like_torch = options.get("micro_batches", 1), options.pop("like_torch", False)
         self.engine = engine_of(self.model, stage, **options)
         self.held = self.engine.optimizer
+        self.compressor: Compressor | None = None
         self.losses: list[float] = []
         self.norms: list[float] = []
 
@@ -162,10 +115,12 @@ class Loop:
                 self.losses.append(total.item())
                 self.engine.step()
             self.norms.append(float(self.engine.get_global_grad_norm()))
+            if self.compressor is not None:
+                self.compressor.step(step)
         return self
 
     def cut(self) -> Loop:
-        cut_under_zero(self.engine, plan_for(self.model, self.silent))
+        compress_(self.engine, plan_for(self.model, self.silent))
         return self
 
     def result(self, **more: Any) -> dict[str, Any]:
@@ -234,12 +189,14 @@ def cut_before_training(stage: int) -> dict[str, Any]:
 
 def taken_back(stage: int, **options: Any) -> dict[str, Any]:
     """A cut is undone after two steps; those steps are forgotten."""
-    loop = Loop(stage, **options).train(last=CUT_AFTER)
-    parts, losses = parts_on_host(loop.engine), list(loop.losses)
-    loop.cut().train(first=1, last=2)
+    loop = Loop(stage, **options)
+    settings = config(pragmatic=True, schedule=[CUT_AFTER], calibration_tokens=96)
+    loop.compressor = Compressor(settings, loop.engine, total_steps=STEPS)
+    loop.train(last=CUT_AFTER)
+    losses = list(loop.losses)
+    loop.train(first=1, last=2)
     small = loop.model.config.state_size
-    grow_back(loop.engine)
-    restore_parts(loop.engine, parts)
+    loop.compressor.take_back()
     loop.losses = losses
     for group, rate in zip(loop.engine.optimizer.param_groups, (2.5e-3, 2.5e-3), strict=True):
         group["lr"] = rate
@@ -273,7 +230,7 @@ def refitted_master_weights() -> dict[str, Any]:
 
 
 def refusals() -> dict[str, Any]:
-    """What `why_not_in_process` and `parameter_groups` say, by what is wrong."""
+    """What `why_not_in_process` and `compress_` say, by what is wrong, and the Compressor of what it cannot do."""
     messages = {}
     options = {"offload": {"zero": {"offload_optimizer": {"device": "cpu"}}, "zero_force_ds_cpu_optimizer": False}}
     options["16-bit ZeRO-1"] = BF16 | {"data_types": {"grad_accum_dtype": "fp32"}}
@@ -284,6 +241,9 @@ def refusals() -> dict[str, Any]:
     for stage in (0, 2, 3):
         loop = Loop(stage)
         messages[f"ZeRO-{stage}"] = why_not_in_process(loop.engine)
+        if stage == 3:
+            messages["compress_"] = refusal(loop.cut)
+            messages["pragmatic"] = refusal_of_a_compressor(loop.engine, pragmatic=True)
         if stage == 2:
             basic = loop.engine.optimizer.optimizer
             loop.engine.optimizer.optimizer = SGD(basic.param_groups[0]["params"])
@@ -295,12 +255,22 @@ def refusals() -> dict[str, Any]:
     ids = tokens(2, 12)
     loop.engine.backward(loop.engine(input_ids=ids, labels=ids).loss)
     loop.engine.step()
-    try:
-        loop.cut()
-    except RuntimeError as error:
-        messages["accumulating"] = str(error)
+    messages["accumulating"] = refusal(loop.cut)
+    messages["projected"] = refusal_of_a_compressor(loop.engine, realization="projected")
     loop.engine.destroy()
     return messages
+
+
+def refusal_of_a_compressor(engine: Any, **options: Any) -> str:
+    return refusal(lambda: Compressor(config(**options), engine, total_steps=STEPS))
+
+
+def refusal(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except (RuntimeError, ValueError) as error:
+        return str(error)
+    return "nothing was refused"
 
 
 def read_under_zero3() -> dict[str, Any]:
@@ -345,59 +315,152 @@ def _deepspeed_on_cpu() -> None:
     del os.environ["ACCELERATE_USE_DEEPSPEED"]
 
 
+def build(
+    stage: int, directory: Path, model: nn.Module, callbacks: Iterable[TrainerCallback] = (), **options: Any
+) -> Trainer:
+    """The stock Trainer."""
+    if stage > 0:
+        _deepspeed_on_cpu()
+        options |= {
+            "use_cpu": False,
+            "accelerator_config": {"use_configured_state": True},
+            "deepspeed": {
+                "zero_optimization": {
+                    "stage": stage,
+                    "stage3_gather_16bit_weights_on_model_save": True,
+                    # Else the parameters of a model this small are kept whole.
+                    "stage3_param_persistence_threshold": 0,
+                },
+                "zero_allow_untested_optimizer": True,
+                "gradient_clipping": "auto",
+                "train_micro_batch_size_per_gpu": "auto",
+                "gradient_accumulation_steps": "auto",
+            },
+        }
+    fixed = {"data": examples(96), "weight_decay": 0.1, "warmup_steps": 2, "max_grad_norm": 0.5}
+    return build_trainer(model, directory, callbacks, **(fixed | options))
+
+
+def cutter(**options: Any) -> CompreSSMCallback:
+    return CompreSSMCallback(config(**{"calibration_tokens": 96, "schedule": [CUT_AFTER]} | options))
+
+
 def trainer(stage: int, directory: Path, cutting: bool = True, resume: Path | None = None, **options: Any) -> dict:
-    """The stock Trainer; its checkpoints after the cut are of the smaller model."""
-    _deepspeed_on_cpu()
-    model = model_of("mamba", silent=True) if resume is None else MambaForCausalLM.from_pretrained(resume)
-    config = {
-        "zero_optimization": {"stage": stage},
-        "zero_allow_untested_optimizer": True,
-        "gradient_clipping": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-    }
-    held = []
-
-    def act(optimizer: Any, **others: Any) -> None:
-        engine = trainer.model_wrapped
-        cut_under_zero(engine, plan_for(engine.module, silent=True))
-        held.append(optimizer.optimizer is engine.optimizer)
-
-    trainer = build_trainer(
-        model,
+    """With the callback; the script always builds the full-size model."""
+    callback, held = cutter(), []
+    resume = resume and str(resume)
+    trainer = build(
+        stage,
         directory,
-        [AtStepEnd(CUT_AFTER, act)] if cutting else [],
-        data=examples(96),
-        use_cpu=False,
-        accelerator_config={"use_configured_state": True},
-        deepspeed=config,
-        weight_decay=0.1,
-        warmup_steps=2,
-        max_grad_norm=0.5,
+        model_of("mamba", silent=True),
+        [callback] if cutting else [],
+        resume_from_checkpoint=resume,
         **options,
     )
-    trainer.train(resume_from_checkpoint=resume and str(resume))
+
+    def look(optimizer: Any, **others: Any) -> None:
+        held.append(optimizer.optimizer is trainer.model_wrapped.optimizer)
+
+    trainer.add_callback(AtStepEnd(CUT_AFTER + 1, look))
+    trainer.train(resume_from_checkpoint=resume)
     return {
         "rows": log_rows(trainer),
         "weights": digest({name: item.detach() for name, item in trainer.model.named_parameters()}),
         "state_size": trainer.model.config.state_size,
         "held": held,
         "processes": trainer.args.world_size,
+        "history": [(entry["status"], entry["step"]) for entry in callback.history],
+        "kept": kept_states(callback),
     }
 
 
-def accelerate_loop(cutting: bool) -> dict[str, Any]:
-    """A hand-written loop, as Accelerate prepares it."""
+def kept_states(callback: CompreSSMCallback) -> list[list[list[int]]]:
+    return [layer["kept"] for entry in callback.history for layer in entry.get("layers", [])]
+
+
+def by_a_checkpoint(directory: Path) -> dict[str, Any]:
+    """ZeRO-3 in the stock Trainer: the run stops when a cut is due, another one goes on from the cut checkpoint."""
+    calls = []
+    original = hf_compressm.callback.cut_checkpoint
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return original(*args)
+
+    hf_compressm.callback.cut_checkpoint = counted
+    callback = cutter()
+    first = build(3, directory, model_of("mamba", silent=False), [callback])
+    first.train()
+    hf_compressm.callback.cut_checkpoint = original
+    written = [None] * WORLD
+    dist.all_gather_object(written, len(calls))
+    goes_on = callback.goes_on
+    checkpoint = Path(goes_on.checkpoint)
+    again = cutter()
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
+    size = model.config.state_size
+    second = build(3, directory / "second", model, [again])
+    second.train(resume_from_checkpoint=str(checkpoint))
+    return {
+        "first": log_rows(first),
+        "rows": log_rows(second),
+        "built": size,
+        "history": [(entry["status"], entry["step"]) for entry in again.history],
+        "kept": kept_states(again),
+        "goes_on": dataclasses.asdict(goes_on),
+        "goes_on_again": again.goes_on,
+        "written": written,
+        "checkpoints": sorted(item.name for item in directory.glob("*checkpoint-*") if item.is_dir()),
+        "file": json.loads((directory / "compressm_continue.json").read_text()),
+        "save_only_model": refusal(
+            build(3, directory / "refused", model_of("mamba", silent=False), [cutter()], save_only_model=True).train
+        ),
+        "pragmatic": refusal(
+            build(
+                3,
+                directory / "refused",
+                model_of("mamba", silent=False),
+                [cutter(pragmatic=True)],
+                eval_dataset=examples(8),
+            ).train
+        ),
+    }
+
+
+def in_process(directory: Path) -> dict[str, Any]:
+    """What `by_a_checkpoint` trains, in one process without DeepSpeed."""
+    callback = cutter()
+    trainer = build(0, directory, model_of("mamba", silent=False), [callback], per_device_train_batch_size=8)
+    trainer.train()
+    return {"rows": log_rows(trainer), "kept": kept_states(callback)}
+
+
+def accelerate_loop(stage: int, cut_after: int, directory: Path, resume: str | None = None) -> dict[str, Any]:
+    """A hand-written loop, as Accelerate prepares it. It ends where a cut waits for a checkpoint."""
     AcceleratorState._reset_state(reset_partial_state=True)
-    plugin = DeepSpeedPlugin(zero_stage=2, gradient_accumulation_steps=1, gradient_clipping=0.5)
+    plugin = DeepSpeedPlugin(zero_stage=stage, gradient_accumulation_steps=1, gradient_clipping=0.5)
     accelerator = Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
     model = model_of("mamba2", silent=True)
+    if resume is not None:
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(resume))
     optimizer = adam(model)
     rows = torch.cat([tokens(8, 12, seed=step) for step in range(1, STEPS + 1)])
     loader = torch.utils.data.DataLoader(rows, batch_size=4)
     engine, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, falling(optimizer))
-    losses = []
-    for step, batch in enumerate(loader, start=1):
+    settings = config(schedule=[cut_after], calibration_tokens=96)
+    compressor = Compressor(
+        settings,
+        engine,
+        optimizer,
+        accelerator=accelerator,
+        total_steps=STEPS + 2,
+        history=None if resume is None else read_record(resume),
+    )
+    accelerator.register_for_checkpointing(compressor)
+    if resume is not None:
+        accelerator.load_state(resume)
+    losses, goes_on = [], None
+    for batch in accelerator.skip_first_batches(loader, compressor.global_step):
         with accelerator.accumulate(engine):
             loss = engine(input_ids=batch, labels=batch).loss
             accelerator.backward(loss)
@@ -405,11 +468,19 @@ def accelerate_loop(cutting: bool) -> dict[str, Any]:
             scheduler.step()
             optimizer.zero_grad()
         losses.append(accelerator.reduce(loss.detach(), "mean").item())
-        if cutting and step == CUT_AFTER:
-            cut_under_zero(engine, plan_for(engine.module, silent=True))
+        compressor.step()
+        if compressor.plan_for_checkpoint is not None:
+            goes_on = compressor.save_state(directory / f"step_{compressor.global_step}")
+            break
     rates = [group["lr"] for group in optimizer.param_groups]
     engine.destroy()
-    return {"losses": losses, "learning_rates": rates, "state_size": model.config.state_size}
+    return {
+        "losses": losses,
+        "learning_rates": rates,
+        "state_size": model.config.state_size,
+        "history": [(entry["status"], entry["step"]) for entry in compressor.history],
+        "goes_on": goes_on and dataclasses.asdict(goes_on),
+    }
 
 
 # What is run, and what it is compared with: `alone` with these options, or another entry.
@@ -486,10 +557,14 @@ def main() -> None:
         saved = output / f"saved-{stage}"
         results[f"Trainer, ZeRO-{stage}, uncut"] = trainer(stage, output / "uncut", cutting=False)
         results[f"Trainer, ZeRO-{stage}"] = trainer(stage, saved, save_strategy="steps", save_steps=6)
-        resumed = trainer(stage, output / "resumed", cutting=False, resume=saved / "checkpoint-6")
+        resumed = trainer(stage, output / f"resumed-{stage}", resume=saved / "checkpoint-6")
         results[f"Trainer, ZeRO-{stage}, resumed"] = resumed
-    for cutting in (False, True):
-        results[f"Accelerate, cut {cutting}"] = accelerate_loop(cutting)
+    results["Trainer, ZeRO-3"] = by_a_checkpoint(output / "zero3")
+    results["Accelerate, uncut"] = accelerate_loop(2, STEPS + 1, output)
+    results["Accelerate, ZeRO-2"] = accelerate_loop(2, CUT_AFTER, output)
+    first = accelerate_loop(3, CUT_AFTER, output)
+    second = accelerate_loop(3, CUT_AFTER, output, resume=first["goes_on"]["checkpoint"])
+    results["Accelerate, ZeRO-3"] = second | {"losses": first["losses"] + second["losses"], "first": first}
     (output / f"{RANK}.json").write_text(json.dumps(results))
     dist.destroy_process_group()
 

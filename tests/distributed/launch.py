@@ -7,22 +7,32 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 
 def torchrun(script: Path, *arguments: str, processes: int = 2, timeout: float = 300) -> subprocess.CompletedProcess:
-    """Run a script under torchrun with gloo, and fail with its output if it fails."""
+    """Run a script under torchrun with gloo, and fail with its output if it fails; none is left after a time-out."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
-    result = subprocess.run(
+    launcher = subprocess.Popen(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"),
             *(str(script), *arguments),
         ],
         env=environment,
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=timeout,
     )
-    assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
-    return result
+    try:
+        stdout, stderr = launcher.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        # torchrun's processes have sessions of their own.
+        for process in [*psutil.Process(launcher.pid).children(recursive=True), launcher]:
+            process.kill()
+        stdout, stderr = launcher.communicate()
+        raise AssertionError(f"no end after {timeout} s\n{stdout[-4000:]}\n{stderr[-8000:]}") from None
+    assert launcher.returncode == 0, f"{stdout[-4000:]}\n{stderr[-8000:]}"
+    return subprocess.CompletedProcess(launcher.args, launcher.returncode, stdout, stderr)

@@ -45,8 +45,7 @@ def test_processes_hold_the_same(runs):
     assert first == second
     sizes = {name: result["state_size"] for name, result in first.items() if "state_size" in result}
     assert {name for name, size in sizes.items() if size == 8} == {
-        *(name for name in sizes if "uncut" in name or "taken back" in name),
-        "Accelerate, cut False",
+        *(name for name in sizes if "uncut" in name or "taken back" in name)
     }
 
 
@@ -102,7 +101,7 @@ def test_cut_before_the_first_step(runs):
     assert close(runs[0]["before training"]["losses"], runs[0]["fp32, ZeRO-2, uncut"]["losses"], 1e-6)
 
 
-def test_parts_on_the_host_take_a_cut_back(worker, runs):
+def test_a_cut_is_taken_back(worker, runs):
     fp32, bf16 = runs[0]["taken back"], runs[0]["taken back, bf16"]
     assert fp32["small"] == bf16["small"] == 4
     assert close(fp32["losses"], worker.alone(cutting=False)["losses"], 2e-6)
@@ -124,6 +123,9 @@ def test_refit_is_made_of_the_master_weights(runs):
         ("16-bit ZeRO-1", "BF16_Optimizer"),
         ("optimizer", "SGD's state 'noise'"),
         ("accumulating", "gradients of the present parameters"),
+        ("compress_", "cut it with reshape_checkpoint"),
+        ("pragmatic", "only a checkpoint of it can be cut"),
+        ("projected", "realization='projected' adds parameters"),
     ],
 )
 def test_what_cannot_be_cut_is_named(runs, what, reason):
@@ -142,18 +144,63 @@ def test_mixers_can_be_read_under_zero3(worker, runs):
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_trainer(runs, stage):
-    """Losses, gradient norms and learning rates; and the smaller model's checkpoint is an ordinary one."""
+def test_trainer(worker, runs, stage):
+    """Losses, gradient norms and learning rates; and the smaller checkpoint loads into a model built full-size."""
     cut, uncut, resumed = (runs[0][f"Trainer, ZeRO-{stage}{what}"] for what in ("", ", uncut", ", resumed"))
     assert cut["processes"] == 2 and cut["held"] == [True]
+    assert cut["history"] == resumed["history"] == [["cut", worker.CUT_AFTER]]
+    assert cut["kept"] == [[worker.KEPT]] * 2
     for ours, theirs in zip(cut["rows"], uncut["rows"], strict=True):
         assert close(ours, theirs, 1e-6)
     assert resumed["rows"] == cut["rows"]
     assert resumed["weights"] == cut["weights"]
 
 
-def test_accelerate_loop(runs):
-    cut, uncut = runs[0]["Accelerate, cut True"], runs[0]["Accelerate, cut False"]
+def test_trainer_under_zero3_goes_on_from_a_cut_checkpoint(worker, runs, tmp_path):
+    """Against a cut in process, in one process, at the same batches."""
+    run, alone = runs[0]["Trainer, ZeRO-3"], worker.in_process(tmp_path)
+    step = worker.CUT_AFTER
+    assert [row[0] for row in run["first"]] == list(range(1, step + 1))
+    assert run["built"] == 4
+    assert run["kept"] == alone["kept"] and len(run["kept"]) == 2
+    assert run["history"] == [["cut", step]]
+    assert len(run["rows"]) == len(alone["rows"]) == 8
+    for ours, theirs in zip(run["rows"], alone["rows"], strict=True):
+        assert close(ours, theirs, 5e-5)
+
+
+def test_the_checkpoint_is_cut_once_and_says_how_to_go_on(worker, runs):
+    first, second = (process["Trainer, ZeRO-3"] for process in runs)
+    name = f"cut-checkpoint-{worker.CUT_AFTER}"
+    assert first["written"] == [1, 0]
+    assert first["goes_on"] == second["goes_on"] == first["file"]
+    assert first["goes_on"]["command"][-2:] == ["--resume_from_checkpoint", first["goes_on"]["checkpoint"]]
+    assert Path(first["goes_on"]["checkpoint"]).name == name
+    assert first["checkpoints"] == [f"checkpoint-{worker.CUT_AFTER}", name]
+    assert first["goes_on_again"] is None
+
+
+@pytest.mark.parametrize(
+    ("option", "reason"), [("save_only_model", "leaves out the optimizer"), ("pragmatic", "cannot take a cut back")]
+)
+def test_what_the_way_by_a_checkpoint_does_not_allow(runs, option, reason):
+    assert reason in runs[0]["Trainer, ZeRO-3"][option]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accelerate_loop(worker, runs, stage):
+    """ZeRO-3 by way of a checkpoint: the second half goes on from it."""
+    cut, uncut = runs[0][f"Accelerate, ZeRO-{stage}"], runs[0]["Accelerate, uncut"]
     assert (cut["state_size"], uncut["state_size"]) == (4, 8)
+    assert cut["history"] == [["cut", worker.CUT_AFTER]]
+    assert len(cut["losses"]) == worker.STEPS
     assert close(cut["losses"], uncut["losses"], 1e-6)
     assert cut["learning_rates"] == uncut["learning_rates"]
+
+
+def test_accelerate_loop_is_told_how_to_go_on(worker, runs):
+    first = runs[0]["Accelerate, ZeRO-3"]["first"]
+    assert len(first["losses"]) == worker.CUT_AFTER and first["state_size"] == 8 and first["history"] == []
+    assert Path(first["goes_on"]["checkpoint"]).name == f"cut-step_{worker.CUT_AFTER}"
+    assert first["goes_on"]["command"][-2:] == ["--resume", first["goes_on"]["checkpoint"]]
+    assert runs[0]["Accelerate, ZeRO-3"]["goes_on"] is None

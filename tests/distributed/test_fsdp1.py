@@ -1,4 +1,4 @@
-"""FSDP1 in two real processes: whole mixers can be read between steps."""
+"""FSDP1 in two real processes: whole mixers can be read between steps, and a cut be planned on them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, lively, tokens
+from fsdp1_worker import alone
 from launch import torchrun
 
 from hf_compressm import find_mixers
@@ -36,7 +37,25 @@ def test_mixers_can_be_read_and_training_does_not_notice(runs):
     }
     for process in runs:
         for name, result in process.items():
+            if name.startswith("due"):
+                continue
             assert result["same"], name
             assert result["mixers"].keys() == expected.keys()
             for mixer, norms in expected.items():
                 assert result["mixers"][mixer] == pytest.approx(norms, rel=1e-5), name
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_the_plan_is_that_of_one_process_and_training_goes_on(runs, use_orig_params):
+    first, second = (process[f"due {use_orig_params}"] for process in runs)
+    expected = alone()
+    assert first == second
+    plan = first["plan"]
+    for same in ("layers", "kept", "refits", "tokens"):
+        assert plan[same] == expected["plan"][same]
+    assert plan["errors"] == pytest.approx(expected["plan"]["errors"], rel=1e-3)
+    for ours, theirs in zip(plan["readouts"], expected["plan"]["readouts"], strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-2)
+    assert "FSDP1 flattens parameters" in first["reason"]
+    assert first["reports"] == [None] * 4 and first["history"] == [] and first["state_size"] == 8
+    assert first["losses"] == pytest.approx(expected["losses"], abs=2e-6)
