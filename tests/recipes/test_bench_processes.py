@@ -1,4 +1,4 @@
-"""The benchmarks of how a cut's work is shared out, and of the calculator, run; their numbers are no test's business."""
+"""How a cut is shared out, and the calculator: their benchmarks run; the numbers are no test's business."""
 
 from __future__ import annotations
 
