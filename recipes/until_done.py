@@ -15,7 +15,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from hf_compressm.continuation import CONTINUE_FILE, Continuation
+from hf_compressm.continuation import CONTINUE_FILE, Continuation, going_on
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,18 +26,17 @@ def main(arguments: list[str] | None = None) -> int:
     command = args.command[1:] if args.command[:1] == ["--"] else args.command
     if not command:
         parser.error("give the command after --")
-    # A run names the whole command line that started it; if that is this one, its own first words are not needed.
-    own = sys.orig_argv[: len(sys.orig_argv) - len(command)]
-    while command:
+    while True:
         before = written_at(args.output_dir)
         print(f"until_done: {shlex.join(command)}", flush=True)
         code = subprocess.run(command).returncode
         if code != 0:
             return code
         # Only a file that this command wrote is news.
-        command = Continuation.read(args.output_dir).command if written_at(args.output_dir) != before else None
-        if command and command[: len(own)] == own:
-            command = command[len(own) :]
+        if written_at(args.output_dir) == before:
+            break
+        option, checkpoint = Continuation.read(args.output_dir).command[-2:]
+        command = going_on(command, option, checkpoint)
     return 0
 
 

@@ -10,44 +10,39 @@ from pretrain_lm import last_checkpoint
 
 from hf_compressm.continuation import CONTINUE_FILE
 
-# It notes what it was called with, and for each name after the folder there is one more run to come.
+# It notes what it was called with. Each of the names before --resume is a run that ends at a cut, and the next goes on
+# from there; what it says of its own command line need not be what until_done started.
 WORKER = """
 import json, pathlib, sys
-folder, *others = sys.argv[1:]
+folder, *names = sys.argv[1:]
+resumed = names.pop() if "--resume" in names else None
+names = [name for name in names if name != "--resume"]
 with open(f"{folder}/calls", "a") as file:
-    print(*others, file=file)
-if others == ["fail"]:
+    print(resumed, file=file)
+if resumed == "fail":
     sys.exit(3)
-if others:
-    command = [*OWN, sys.executable, __file__, folder, *others[1:]]
-    pathlib.Path(folder, FILE).write_text(json.dumps({"checkpoint": "small", "command": command}))
+left = names if resumed is None else names[names.index(resumed) + 1:]
+if left:
+    command = ["timeout", "9", "until_done.py", "--", *sys.argv, "--resume", left[0]]
+    pathlib.Path(folder, FILE).write_text(json.dumps({"checkpoint": left[0], "command": command}))
 """
 
 
-def run(folder: Path, *names: str, own: list[str] | None = None) -> tuple[int, list[str]]:
+def run(folder: Path, *names: str) -> tuple[int, list[str]]:
     worker = folder / "worker.py"
-    worker.write_text(f"OWN, FILE = {own or []!r}, {CONTINUE_FILE!r}\n{WORKER}")
+    worker.write_text(f"FILE = {CONTINUE_FILE!r}\n{WORKER}")
     code = until_done.main([str(folder), "--", sys.executable, str(worker), str(folder), *names])
-    return code, (folder / "calls").read_text().splitlines()
+    return code, (folder / "calls").read_text().split()
 
 
 def test_goes_on_until_nothing_is_left(tmp_path):
-    assert run(tmp_path, "a", "b") == (0, ["a b", "b", ""])
+    assert run(tmp_path, "a", "b") == (0, ["None", "a", "b"])
     # What an earlier run left there is no news.
-    assert run(tmp_path) == (0, ["a b", "b", "", ""])
+    assert run(tmp_path) == (0, ["None", "a", "b", "None"])
 
 
 def test_a_failure_ends_it(tmp_path):
-    assert run(tmp_path, "a", "fail") == (3, ["a fail", "fail"])
-
-
-def test_its_own_words_are_not_run_again(tmp_path, monkeypatch, capfd):
-    """A training run names the command line that started it, and there that is until_done's."""
-    own = ["python", "until_done.py", str(tmp_path), "--"]
-    command = [sys.executable, str(tmp_path / "worker.py"), str(tmp_path), "a"]
-    monkeypatch.setattr(sys, "orig_argv", [*own, *command])
-    assert run(tmp_path, "a", own=own) == (0, ["a", ""])
-    assert "until_done: python" not in capfd.readouterr().out
+    assert run(tmp_path, "a", "fail", "b") == (3, ["None", "a", "fail"])
 
 
 def test_the_trainers_recipe_finds_cut_checkpoints(tmp_path):
