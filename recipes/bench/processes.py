@@ -27,7 +27,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForC
 
 from hf_compressm import CompreSSMConfig, measure, plan_compression
 from hf_compressm.checkpoint import library_versions
-from hf_compressm.distributed.processes import ALONE, all_processes
+from hf_compressm.distributed.processes import ALONE, Processes, all_processes
 
 RESULTS = Path(__file__).parent / "results"
 WORLDS = (1, 2, 4)
@@ -50,30 +50,34 @@ def build(case: str, size: dict[str, int]) -> torch.nn.Module:
 def worker(output: Path, size: dict[str, int]) -> None:
     """One process: its CPU time of each part, for each case."""
     torch.set_num_threads(1)
-    world = int(os.environ["WORLD_SIZE"])
-    if world > 1:
+    if int(os.environ["WORLD_SIZE"]) > 1:
         dist.init_process_group("gloo")
     processes = all_processes()
-    seconds: dict[str, dict[str, float]] = {}
-    for case, realization in CASES.items():
-        model = build(case, size)
-        wrapped = DistributedDataParallel(model) if world > 1 else model
-        generator = torch.Generator().manual_seed(1)
-        batches = torch.randint(256, (size["batches"], 4, size["length"]), generator=generator)
-        config = CompreSSMConfig(state_size=size["target"], realization=realization)
-        parts = {}
-        for part in ("warm-up", "statistics", "plan"):
-            start = time.process_time()
-            if part != "plan":
-                # Each process sees its share of the batches.
-                statistics = measure(wrapped, list(batches[processes.rank :: world]), processes=processes)
-            else:
-                plan_compression(wrapped, statistics, config, processes=processes)
-            parts[part] = time.process_time() - start
-        seconds[case] = parts
+    seconds = {case: cut_once(case, size, processes) for case in CASES}
     (output / f"{processes.rank}.json").write_text(json.dumps(seconds))
     if processes != ALONE:
+        # A process that leaves first can leave the others waiting for it.
+        processes.barrier()
         dist.destroy_process_group()
+
+
+def cut_once(case: str, size: dict[str, int], processes: Processes) -> dict[str, float]:
+    """The CPU seconds of each part of a cut; the model is gone when this returns."""
+    model = build(case, size)
+    wrapped = DistributedDataParallel(model) if processes.size > 1 else model
+    generator = torch.Generator().manual_seed(1)
+    batches = torch.randint(256, (size["batches"], 4, size["length"]), generator=generator)
+    config = CompreSSMConfig(state_size=size["target"], realization=CASES[case])
+    parts = {}
+    for part in ("warm-up", "statistics", "plan"):
+        start = time.process_time()
+        if part != "plan":
+            # Each process sees its share of the batches.
+            statistics = measure(wrapped, list(batches[processes.rank :: processes.size]), processes=processes)
+        else:
+            plan_compression(wrapped, statistics, config, processes=processes)
+        parts[part] = time.process_time() - start
+    return parts
 
 
 def run(world: int, name: str) -> list[dict[str, dict[str, float]]]:
