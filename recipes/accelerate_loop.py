@@ -118,6 +118,7 @@ def main() -> None:
                 break
     progress.close()
     accelerator.print(f"checkpoints are in {args.output_dir}")
+    accelerator.wait_for_everyone()
     accelerator.end_training()
 
 

@@ -358,4 +358,7 @@ def main(arguments: list[str] | None = None) -> Trainer:
 
 
 if __name__ == "__main__":
-    main().accelerator.end_training()
+    accelerator = main().accelerator
+    # A process that leaves first can make the others' end an abort.
+    accelerator.wait_for_everyone()
+    accelerator.end_training()

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from conftest import TINY, lively, tokens
+from launch import leave
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
@@ -307,7 +308,7 @@ def main() -> None:
     results["trainer_twice"] = trainer_twice(output / "twice")
     results["pragmatic_trainer"] = pragmatic_trainer(output / "pragmatic")
     (output / f"{RANK}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin
 from conftest import TINY, lively, selection_plan, silence_states, tokens
 from deepspeed.utils import safe_get_full_optimizer_state
+from launch import leave
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
@@ -566,7 +567,7 @@ def main() -> None:
     second = accelerate_loop(3, CUT_AFTER, output, resume=first["goes_on"]["checkpoint"])
     results["Accelerate, ZeRO-3"] = second | {"losses": first["losses"] + second["losses"], "first": first}
     (output / f"{RANK}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

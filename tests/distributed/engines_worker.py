@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from conftest import TINY, lively, tokens
+from launch import leave
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
@@ -263,7 +264,7 @@ def main() -> None:
     results["work"] = {name: work(name, ddp) for name in WORK}
     results["groups"] = {kind: in_groups(kind) for kind in GROUPS}
     (output / f"{RANK}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

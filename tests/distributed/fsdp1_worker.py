@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from conftest import TINY, lively, tokens
+from launch import leave
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
@@ -120,7 +121,7 @@ def main() -> None:
     for original in (True, False):
         results[f"due {original}"] = due(use_orig_params=original)
     Path(sys.argv[1], f"{dist.get_rank()}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

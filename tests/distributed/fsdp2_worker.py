@@ -20,6 +20,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from conftest import TINY, lively, projection_plan, selection_plan, silence_states, tokens
+from launch import leave
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
@@ -501,7 +502,7 @@ def main() -> None:
     else:
         results["process groups"] = process_groups()
     (output / f"{RANK}.json").write_text(json.dumps(results))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

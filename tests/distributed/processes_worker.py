@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from launch import leave
 
 from hf_compressm.distributed.processes import NonFiniteError, Processes, all_processes
 
@@ -75,7 +76,7 @@ def main() -> None:
     if rank > 0:
         result["pair"] = exchange(Processes(pair))
     (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(result))
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from accelerate.utils import (
     save_fsdp_optimizer,
 )
 from conftest import TINY, lively, projection_plan, selection_plan, tokens
+from launch import leave
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -256,4 +257,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    dist.destroy_process_group()
+    leave()

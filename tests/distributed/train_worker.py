@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from conftest import TINY, lively
+from launch import leave
 from torch.nn.parallel import DistributedDataParallel
 from training import build_trainer, config, examples, moments, pad, ragged_examples, weights
 from transformers import TrainerCallback
@@ -108,4 +109,4 @@ def main() -> None:
 if __name__ == "__main__":
     main()
     if WORLD > 1:
-        torch.distributed.destroy_process_group()
+        leave()
