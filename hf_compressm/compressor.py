@@ -41,7 +41,6 @@ from .planning import (
     must_project,
     plan_compression,
     refuse_projection,
-    refuse_projection_under_zero,
 )
 from .ranks import (
     fixed_sizes,
@@ -51,6 +50,7 @@ from .ranks import (
     states_for_budget,
     target_is_reached,
 )
+from .refit import tokens_for_a_fit
 from .replay import InputRecorder, compare_outputs, first_rows
 from .report import CompressionReport
 from .schedule import cut_steps
@@ -59,7 +59,6 @@ from .surgery import check_optimizer, compress_
 
 logger = logging.get_logger(__name__)
 
-MINIMUM_TOKENS = 4096
 # Loss and KL across a cut are measured on this many tokens of the last batch: logits of a large vocabulary are big.
 CHECK_TOKENS = 2048
 
@@ -135,7 +134,7 @@ class Compressor:
         # DeepSpeed's engine has an optimizer of its own.
         self.engine = zero_engine(self.wrapper)
         if self.engine is not None:
-            refuse_projection_under_zero(config)
+            deepspeed.refuse_projection(config.realization)
         follows = optimizer is not None and self.why_not_in_process is None and self.engine is None
         self.optimizer = unwrap_optimizer(optimizer) if follows else None
         self.accelerator = accelerator
@@ -175,7 +174,7 @@ class Compressor:
             return self.config.calibration_tokens
         target = self.config.state_size
         kept = self.state_size // 4 if target is None else fixed_state_size(target, self.state_size)
-        return max(MINIMUM_TOKENS, 2 * kept * self.state_size)
+        return tokens_for_a_fit(kept, self.state_size)
 
     def step(self, global_step: int | None = None) -> CompressionReport | None:
         """Call this once after each optimizer step, when the gradients are zeroed; it cuts when a cut is due.

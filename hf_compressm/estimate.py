@@ -38,7 +38,6 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
-from .compressor import MINIMUM_TOKENS
 from .config import is_whole
 from .mixers import ARCHITECTURES, Mixer, StateAxis, find_mixers, mamba1, mamba2
 from .mixers.resize import resize_mixer, update_configs
@@ -47,6 +46,7 @@ from .modeling_compressm import PROJECTIONS
 from .planning import refuse_projection
 from .projection import FEWEST_COORDINATES
 from .ranks import fixed_state_size
+from .refit import tokens_for_a_fit
 from .statistics import GRAM_ELEMENTS, StateStatistics
 
 # What each strategy shares out over the ranks; the rest is whole on every rank.
@@ -333,7 +333,7 @@ def estimate(
     if realization == "projected":
         refuse_projection([mixer for mixer in mixers.values() if not mixer.can_be_projected])
     settings |= {"state_size": target}
-    settings |= {"tokens": max(MINIMUM_TOKENS, 2 * target * max(sizes_before)) if tokens is None else tokens}
+    settings |= {"tokens": tokens_for_a_fit(target, max(sizes_before)) if tokens is None else tokens}
     projects = realization == "projected"
     kinds = dict(Counter(type(mixer.module).__name__ for mixer in mixers.values()))
 

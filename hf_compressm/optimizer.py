@@ -16,28 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .distributed.fsdp2 import full_tensor, is_made_of_plain_tensors, shard_like
-
-# State entries with one number per parameter entry (or, in Adafactor's factors, per row and per column).
-# Key → the optimizers that use it. An optimizer whose keys are not here is refused: add its keys if its state is
-# elementwise, or a factor that keeps the parameter's dimensions in order.
-SLICED_STATE = {
-    "exp_avg": "Adam, AdamW, Adamax, NAdam, RAdam, Lion, Adafactor",
-    "exp_avg_sq": "Adam, AdamW, NAdam, RAdam, Adafactor without factors",
-    "max_exp_avg_sq": "Adam and AdamW with amsgrad",
-    "exp_inf": "Adamax",
-    "momentum_buffer": "SGD, RMSprop, Muon",
-    "square_avg": "RMSprop, Adadelta",
-    "grad_avg": "RMSprop",
-    "acc_delta": "Adadelta",
-    "sum": "Adagrad",
-    "row_var": "torch.optim.Adafactor",
-    "col_var": "torch.optim.Adafactor",
-    "variance": "torch.optim.Adafactor",
-    "exp_avg_sq_row": "transformers.Adafactor",
-    "exp_avg_sq_col": "transformers.Adafactor",
-}
-# Entries that hold one number for the whole parameter.
-WHOLE_STATE = {"step", "mu_product", "RMS"}
+from .optimizer_state import SLICED_STATE, WHOLE_STATE
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -134,7 +113,7 @@ def _how_to_slice(
     raise TypeError(
         f"optimizer {type(optimizer).__name__} cannot be carried through a cut: its state {key!r} of parameter {name} "
         f"{problem}; supported: AdamW and its relatives, SGD, RMSprop, Adagrad, Adafactor, Lion. If the state is "
-        "elementwise, add its key to hf_compressm.optimizer.SLICED_STATE"
+        "elementwise, add its key to hf_compressm.optimizer_state.SLICED_STATE"
     )
 
 

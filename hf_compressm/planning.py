@@ -241,19 +241,6 @@ def must_project(config: CompreSSMConfig) -> bool:
     return config.realization == "projected" or config.state_bytes is not None or isinstance(config.state_size, list)
 
 
-def refuse_projection_under_zero(config: CompreSSMConfig) -> None:
-    """Raise a ValueError if a config may add parameters: ZeRO-1 and -2 cannot start them anew.
-
-    ZeRO counts the steps of a parameter group as one. Adam's moments of a new parameter would start at zero without
-    the correction that belongs to the first steps, and its first steps would be several times too large.
-    """
-    if config.realization != "stock":
-        raise ValueError(
-            f"realization={config.realization!r} adds parameters, which DeepSpeed's ZeRO cannot start with a step "
-            "count of their own; use realization='stock' there, or train with DDP or FSDP2"
-        )
-
-
 def refuse_projection(mixers: list[Mixer]) -> None:
     """Raise a ValueError if there are any: these cannot be projected."""
     for mixer in mixers:

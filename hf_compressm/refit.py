@@ -19,6 +19,7 @@ from .mixers import Mixer, stream_states
 from .statistics import StateStatistics
 
 MEAN_FIELD_RIDGE = 1e-4
+MINIMUM_TOKENS = 4096
 PRECONDITIONER_RIDGE = 1e-3
 
 
@@ -58,6 +59,11 @@ def mean_field_readout(state_gram: torch.Tensor, kept: torch.Tensor) -> torch.Te
     matrix[torch.arange(len(kept)), kept] = 1
     matrix[:, removed] = torch.linalg.solve(H_SS, H[kept][:, removed])
     return matrix
+
+
+def tokens_for_a_fit(kept: int, state_size: int) -> int:
+    """Tokens that a cut is decided on unless it is told otherwise: twice the r N numbers of M, at least 4,096."""
+    return max(MINIMUM_TOKENS, 2 * kept * state_size)
 
 
 def fewest_tokens(kept: int, state_size: int) -> float:

@@ -28,7 +28,6 @@ from .optimizer import (
     unwrap_optimizer,
 )
 from .plan import CompressionPlan, LayerPlan
-from .planning import refuse_projection_under_zero
 from .report import CompressionReport, LayerReport
 
 logger = logging.get_logger(__name__)
@@ -97,7 +96,7 @@ def compress_(model: nn.Module, plan: CompressionPlan, optimizer: Optimizer | No
         fsdp2.refuse_gradients(bare)
         if engine is not None:
             if any(layer.realization == "projected" for layer in plan.changes.values()):
-                refuse_projection_under_zero(plan.config)
+                deepspeed.refuse_projection(plan.config.realization)
             optimizer = deepspeed.parameter_groups(engine)
         elif optimizer is not None:
             optimizer = unwrap_optimizer(optimizer)

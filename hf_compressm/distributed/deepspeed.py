@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.optim import Optimizer
 
-from ..optimizer import SLICED_STATE
+from ..optimizer_state import SLICED_STATE
 
 # DeepSpeed's own types, which cannot be imported where it is not installed.
 Engine = Any
@@ -127,6 +127,19 @@ def why_not_in_process(engine: Engine) -> str | None:
                     f"ZeRO-{stage} has shape {tuple(value.shape)} and is not known to be one number for each parameter"
                 )
     return None
+
+
+def refuse_projection(realization: str) -> None:
+    """Raise a ValueError if a realization may add parameters: ZeRO-1 and -2 cannot start them anew.
+
+    ZeRO counts the steps of a parameter group as one. Adam's moments of a new parameter would start at zero without
+    the correction that belongs to the first steps, and its first steps would be several times too large.
+    """
+    if realization != "stock":
+        raise ValueError(
+            f"realization={realization!r} adds parameters, which DeepSpeed's ZeRO cannot start with a step count of "
+            "their own; use realization='stock' there, or train with DDP or FSDP2"
+        )
 
 
 def parameter_groups(engine: Engine) -> ParameterGroups:

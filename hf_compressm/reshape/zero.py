@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..optimizer import SLICED_STATE
+from ..optimizer_state import SLICED_STATE
 from . import torch_files
 from .work import Work
 
