@@ -11,7 +11,6 @@ states are measured and a cut is planned. Nothing here is a test.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import resource
 import statistics
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from speed import RESULTS, Training, Workload, describe_machine, in_turns, spread
+from reporting import RESULTS, write_results
+from speed import Training, Workload, describe_machine, in_turns, spread
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.utils import logging
@@ -304,12 +304,7 @@ def main() -> None:
         compare_memory(case, bench) | {"process_mib": peak} for case, peak in zip(bench.cases, processes, strict=True)
     ]
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    file = arguments.output / f"estimate-{name}.json"
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    file.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
-    print(markdown(results))
-    print(f"written to {file} and {file.with_suffix('.md').name}")
+    write_results(arguments.output, f"estimate-{name}", results, markdown(results))
 
 
 if __name__ == "__main__":

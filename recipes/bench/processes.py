@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from reporting import RESULTS, write_results
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
@@ -29,7 +30,6 @@ from hf_compressm import CompreSSMConfig, measure, plan_compression
 from hf_compressm.checkpoint import library_versions
 from hf_compressm.distributed.processes import ALONE, Processes, all_processes
 
-RESULTS = Path(__file__).parent / "results"
 WORLDS = (1, 2, 4)
 SIZES = {
     "full": {"hidden_size": 64, "num_hidden_layers": 8, "state_size": 128, "target": 12, "batches": 8, "length": 128},
@@ -132,11 +132,10 @@ def main() -> None:
         worker(args.worker, SIZES[args.size])
         return
     result = compare("quick" if args.quick else "full")
-    print(as_table(result))
-    if not args.quick:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "processes-cpu.json").write_text(json.dumps(result, indent=1) + "\n")
-        (RESULTS / "processes-cpu.md").write_text(as_table(result) + "\n")
+    if args.quick:
+        print(as_table(result))
+    else:
+        write_results(RESULTS, "processes-cpu", result, as_table(result) + "\n")
 
 
 if __name__ == "__main__":

@@ -29,14 +29,13 @@ from typing import Any
 
 import torch
 import transformers
+from reporting import RESULTS, write_results
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import MambaConfig, MambaForCausalLM, Trainer
 
 from hf_compressm import CompressionPlan, CompreSSMConfig, find_mixers
 from hf_compressm.plan import LayerPlan
 from hf_compressm.reshape import reshape_checkpoint
-
-RESULTS = Path(__file__).with_name("results")
 
 
 @dataclass(frozen=True)
@@ -256,12 +255,7 @@ def main() -> None:
         results = measure(WORKLOADS[name], name, scratch)
     finally:
         shutil.rmtree(scratch)
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    file = arguments.output / f"reshape-{name}.json"
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    file.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
-    print(markdown(results))
-    print(f"written to {file} and {file.with_suffix('.md').name}")
+    write_results(arguments.output, f"reshape-{name}", results, markdown(results))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ import argparse
 import copy
 import datetime
 import importlib.metadata
-import json
 import logging
 import os
 import platform
@@ -33,11 +32,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reporting import RESULTS, write_results
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from hf_compressm import CompreSSMConfig, Compressor, compress
-
-RESULTS = Path(__file__).with_name("results")
 
 
 @dataclass(frozen=True)
@@ -371,12 +369,7 @@ def main() -> None:
     print("measuring realizations ...", file=sys.stderr, flush=True)
     results["realizations"] = compare_realizations(work, arguments.device)
 
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    file = arguments.output / f"speed-{name}.json"
-    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    file.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
-    print(markdown(results))
-    print(f"written to {file} and {file.with_suffix('.md').name}")
+    write_results(arguments.output, f"speed-{name}", results, markdown(results))
 
 
 if __name__ == "__main__":
