@@ -8,6 +8,7 @@ from .config import CompreSSMConfig
 from .mixers import find_mixers
 from .modeling_compressm import projected_class
 from .oneshot import compress
+from .peft_models import load_compressed_peft
 from .plan import CompressionPlan
 from .planning import plan_compression
 from .report import CompressionReport
@@ -32,6 +33,7 @@ __all__ = [
     "compress_",
     "exempt_from_weight_decay",
     "find_mixers",
+    "load_compressed_peft",
     "measure",
     "plan_compression",
     "projected_class",

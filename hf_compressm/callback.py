@@ -26,7 +26,9 @@ from .config import CompreSSMConfig
 from .continuation import Continuation, cut_checkpoint
 from .distributed.processes import all_processes, warn
 from .distributed.wrappers import kind_of, unwrap
+from .mixers import find_mixers
 from .modeling_compressm import PROJECTIONS
+from .peft_plans import HOW_TO_LOAD, is_peft_model, plans_of, save_plans
 from .report import CompressionReport
 
 logger = logging.get_logger(__name__)
@@ -112,6 +114,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.progress, self._save_postponed, self._answers = {}, False, None
         if state.global_step > 0:
             self._resume(state)
+            self._refuse_uncut_base(unwrap(wrapped)[0])
         # A checkpoint of a run without this callback has no place for it, and the Trainer needs one to save.
         state.stateful_callbacks.setdefault(type(self).__name__, {})
         self.compressor = Compressor(
@@ -146,6 +149,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         report = compressor.step(state.global_step)
         if report is not None:
             self._announce(report, state)
+            if not compressor.can_take_back:
+                self._forget_best(state)
         if compressor.plan_for_checkpoint is not None:
             control.should_save = control.should_training_stop = True
         return self._await_verdict(args, state, control)
@@ -188,9 +193,12 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> TrainerControl:
         directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if args.should_save and not (directory / "config.json").exists() and model is not None:
+        bare = None if model is None else unwrap(model)[0]
+        if args.should_save and bare is not None and is_peft_model(bare):
+            save_plans(bare, directory)
+        elif args.should_save and bare is not None and not (directory / "config.json").exists():
             # Sharded checkpoints come without it, and nobody could tell their state size.
-            save_config(unwrap(model)[0], directory)
+            save_config(bare, directory)
         if args.should_save:
             cuts = self.history if self._was_cut else []
             write_record(cuts, directory, self.compressor and self.compressor.optimizer_parameters)
@@ -205,7 +213,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if compressor is None:
             return
         if compressor.can_take_back:
-            self._keep_unevaluated()
+            self._keep_unevaluated(state)
         self.progress = {}
         if compressor.plan_for_checkpoint is not None:
             self.goes_on = self._cut_checkpoint(args, state)
@@ -215,6 +223,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.compressor = None
         if self._was_cut and args.should_save:
             write_record(self.history, args.output_dir)
+            if model is not None and plans_of(unwrap(model)[0]):
+                save_plans(unwrap(model)[0], args.output_dir)
 
     def _cut_checkpoint(self, args: TrainingArguments, state: TrainerState) -> Continuation:
         processes, plan = self.compressor.processes, self.compressor.plan_for_checkpoint
@@ -301,13 +311,40 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         if state.global_step >= self.history[-1]["step"] + self.config.pragmatic_steps:
             control.should_evaluate = True
         elif control.should_training_stop:
-            self._keep_unevaluated()
+            self._keep_unevaluated(state)
             control.should_save, self._save_postponed = self._save_postponed, False
         return control
 
-    def _keep_unevaluated(self) -> None:
+    def _keep_unevaluated(self, state: TrainerState) -> None:
         warn(logger, f"training ends before the cut at step {self.history[-1]['step']} is evaluated; it stays")
+        self._keep(state)
+
+    def _keep(self, state: TrainerState) -> None:
         self.compressor.keep()
+        self._forget_best(state)
+
+    def _forget_best(self, state: TrainerState) -> None:
+        """Adapters of before a cut fit the base no more, and `load_best_model_at_end` could not load them."""
+        if is_peft_model(self.compressor.model) and state.best_model_checkpoint is not None:
+            warn(
+                logger,
+                f"the best adapters so far ({state.best_model_checkpoint}, {state.best_metric:.4f}) belong to the "
+                "base before the cut; from here on the best ones after it are looked for",
+            )
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+    def _refuse_uncut_base(self, model: torch.nn.Module) -> None:
+        """A checkpoint of a PEFT model has no base in it, and so cannot bring the cut base back."""
+        if not is_peft_model(model) or not self._was_cut:
+            return
+        cut = next(entry for entry in reversed(self.history) if entry["status"] == "cut")
+        saved = {layer["name"]: layer["state_size_after"] for layer in cut["layers"]}
+        present = {name: mixer.state_size for name, mixer in find_mixers(model).items()}
+        if saved != present:
+            raise RuntimeError(
+                f"the checkpoint was written after a cut, with state sizes {saved}, but the model has {present}. "
+                f"{HOW_TO_LOAD}"
+            )
 
     def _judge(self, name: str, value: float, greater_is_better: bool, state: TrainerState) -> None:
         baseline = self.progress["baseline"]
@@ -319,7 +356,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             self.compressor.take_back()
             warn(logger, f"the cut at step {self.history[-1]['step']} is taken back, and none will follow: {verdict}")
         else:
-            self.compressor.keep()
+            self._keep(state)
             logger.info(f"the cut at step {self.history[-1]['step']} stays: {verdict}")
         self._log({"compressm/state_size": self.compressor.state_size}, state)
 

@@ -26,6 +26,7 @@ from .mixers import Mixer, find_mixers, layers_by_config, mamba2
 from .mixers.resize import ParameterPairs, resize_mixer, update_configs
 from .modeling_compressm import PROJECTIONS
 from .optimizer import follow_resize, unwrap_optimizer
+from .peft_plans import HOW_TO_LOAD, is_adapter_weight
 
 logger = logging.get_logger(__name__)
 
@@ -148,6 +149,11 @@ def _resize_to_incoming(
     # Weights that belong to no one state size are left to load_state_dict's own error.
     if not fits or (size == mixer.state_size and (features is not None) == mixer.is_projected):
         return
+    if all(map(is_adapter_weight, incoming)):
+        raise RuntimeError(
+            f"layer {mixer.name}: the adapters that are to be loaded were saved at state_size {size}, but the base "
+            f"model has {mixer.state_size}. {HOW_TO_LOAD}"
+        )
     pairs = resize_mixer(mixer, size, features, model)
     update_configs(model)
     if on_resize is not None:
@@ -156,10 +162,15 @@ def _resize_to_incoming(
 
 def _incoming_size(mixer: Mixer, state_dict: dict[str, torch.Tensor], prefix: str) -> int | None:
     """The state size (of a projected mixer: the feature size) that a stock mixer's weights were saved with."""
-    layout, module = mixer.architecture.layout, mixer.module
+    module = mixer.module
     names = {id(child): f"{name}." if name else "" for name, child in module.named_modules()}
     sizes = set()
-    for axis in layout.state_axes(module):
+    for axis in mixer.axes_in(mixer.architecture.layout):
+        if not axis.roles:
+            continue
+        if id(axis.module) not in names:
+            # Of an adapter around the mixer; the parameter itself tells its size.
+            continue
         weight = state_dict.get(f"{prefix}{names[id(axis.module)]}{axis.parameter}")
         if weight is not None and weight.dim() == axis.tensor.dim():
             sizes.add(axis.state_size_of(weight.shape[axis.dim]))

@@ -33,8 +33,10 @@ from .distributed.ddp import rebuild_reducer, reducer_is_stale
 from .distributed.processes import ALONE, NonFiniteError, all_processes
 from .distributed.wrappers import is_sharded, kind_of, processes_of, unwrap, why_not_in_process, zero_engine
 from .mixers import Mixer, find_mixers
+from .mixers.adapters import bypassed_adapters
 from .mixers.resize import ParameterPairs, resize_mixer, update_configs
 from .optimizer import check_state, follow_resize, unwrap_optimizer
+from .peft_plans import forget_plan
 from .plan import CompressionPlan
 from .planning import (
     check_list_of_sizes,
@@ -149,6 +151,8 @@ class Compressor:
         if not self.stopped:
             self._check_target()
         self._warn_of_untrained_states()
+        for message in bypassed_adapters(find_mixers(self.model).values()):
+            self._warn(message)
         self._done_until = 0
         self._announced_wait = False
         self._optimizer_checked = False
@@ -286,6 +290,7 @@ class Compressor:
             for parameter, state in zip(_parameters(self.optimizer), snapshot["optimizer"], strict=True):
                 self.optimizer.state[parameter] = {key: give_back() for key, give_back in state.items()}
             check_optimizer(self.model, self.optimizer)
+        forget_plan(self.model)
         self._repair_wrapper()
         self.state_size = max(state_size for state_size, _ in snapshot["sizes"].values())
         self.history[-1]["status"] = "taken back"
@@ -430,7 +435,7 @@ class Compressor:
             return
         held = {id(parameter) for parameter in _parameters(self.optimizer)}
         for name, mixer in find_mixers(self.model).items():
-            for axis in mixer.layout.state_axes(mixer.module):
+            for axis in mixer.axes:
                 if axis.tensor.requires_grad and id(axis.tensor) not in held:
                     self._warn(
                         f"layer {name}: {axis.parameter} of {type(axis.module).__name__} requires gradients, but the "
@@ -525,7 +530,7 @@ class Compressor:
             return
         self._optimizer_checked = True
         for name, mixer in find_mixers(self.model).items():
-            for axis in mixer.layout.state_axes(mixer.module):
+            for axis in mixer.axes:
                 label = f"{name}: {axis.parameter}"
                 check_state(self.optimizer, axis.tensor, label, axis.dim)
 

@@ -407,7 +407,7 @@ def _build(config: PreTrainedConfig) -> tuple[nn.Module, dict[str, Mixer]]:
         raise TypeError(f"config must be a Transformers config, got {type(config).__name__}")
     config = copy.deepcopy(config)
     auto = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
-    supported = ", ".join(sorted(architecture.model_type for architecture in ARCHITECTURES.values()))
+    supported = ", ".join(sorted({row.model_type for row in ARCHITECTURES.values() if row.model_type}))
     try:
         with torch.device("meta"):
             model = auto.from_config(config)
@@ -422,7 +422,7 @@ def _build(config: PreTrainedConfig) -> tuple[nn.Module, dict[str, Mixer]]:
 def _size(model: nn.Module, mixers: dict[str, Mixer], settings: dict[str, Any]) -> Size:
     parameters = list(model.parameters())
     count, element = sum(map(torch.Tensor.numel, parameters)), DTYPES[settings["dtype"]]
-    axes = [(mixer, axis) for mixer in mixers.values() for axis in mixer.layout.state_axes(mixer.module)]
+    axes = [(mixer, axis) for mixer in mixers.values() for axis in mixer.state_axes]
     per_rank = {
         name: _bytes_per_rank(parameters, name, settings["world_size"], settings["dtype"], settings["optimizer"])
         for name in STRATEGIES
@@ -478,7 +478,7 @@ def _flops(model: nn.Module, mixers: dict[str, Mixer], length: int) -> dict[str,
     of_states = {
         (id(axis.module), axis.parameter): _state_numbers(axis, mixer.state_size)
         for mixer in mixers.values()
-        for axis in mixer.layout.state_axes(mixer.module)
+        for axis in mixer.axes
     }
     for part, module, name, used in _matrices(model):
         numbers, state = module.get_parameter(name).numel(), of_states.get((id(module), name), 0)
@@ -548,9 +548,7 @@ def _cut(
         name: mixer.module.in_proj.weight.shape[1] * (FLOAT32 if strategy == "ddp" else element)
         for name, mixer in mixers.items()
     }
-    looked_at = [
-        name for name, mixer in mixers.items() if projects or mixer.layout.readout_axis(mixer.module) is not None
-    ]
+    looked_at = [name for name, mixer in mixers.items() if projects or mixer.layout.CAN_REFIT]
     owned = list(mixers)[::world_size]
     fitted = [name for name in owned if name in looked_at]
 
@@ -613,7 +611,7 @@ def _replaced(mixer: Mixer, target: int, projects: bool) -> list[tuple[int, int]
         return 2 * [(0, mixer.state_size * mixer.groups * target)]
     return [
         (axis.tensor.numel(), axis.tensor.numel() // axis.length(mixer.state_size) * axis.length(target))
-        for axis in mixer.layout.state_axes(mixer.module)
+        for axis in mixer.axes
     ]
 
 
@@ -650,11 +648,11 @@ def _measuring_bytes(mixer: Mixer, settings: dict[str, Any]) -> int:
 def token_system_bytes(state_size: int, kept: int, groups: int, tokens: int, projected: bool) -> int:
     """Bytes of what a fit keeps of every token, float32.
 
-    The refit of a readout keeps G (r × r), p (r), C (N) and two sums; a projection, in k balanced coordinates,
-    G (k × k), p, c (k) and one sum for each group.
+    The refit of a readout keeps G (r × r), p and the readouts it starts from (r), C (N) and two sums for
+    each group; a projection, in k balanced coordinates, G (k × k), p, c (k) and one sum for each group.
     """
     if not projected:
-        return FLOAT32 * tokens * (kept * kept + kept + state_size + 2)
+        return FLOAT32 * tokens * groups * (kept * kept + 2 * kept + state_size + 2)
     coordinates = min(state_size, max(FEWEST_COORDINATES, 4 * kept))
     return FLOAT32 * tokens * groups * (coordinates * coordinates + 2 * coordinates + 1)
 

@@ -16,7 +16,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .distributed.fsdp2 import full_tensor, is_made_of_plain_tensors, shard_like
-from .optimizer_state import SLICED_STATE, WHOLE_STATE
+from .mixers.scan import take
+from .optimizer_state import POWERS, SLICED_STATE, WHOLE_STATE
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -52,7 +53,12 @@ def check_state(optimizer: Optimizer, old: nn.Parameter, name: str, dim: int) ->
 
 @torch.no_grad()
 def sliced_state(
-    optimizer: Optimizer, old: nn.Parameter, name: str, dim: int, index: torch.Tensor
+    optimizer: Optimizer,
+    old: nn.Parameter,
+    name: str,
+    dim: int,
+    index: torch.Tensor,
+    factors: torch.Tensor | None = None,
 ) -> dict[str, Any] | None:
     """The optimizer's state of a parameter for the rows that stay; the optimizer is only read.
 
@@ -63,7 +69,9 @@ def sliced_state(
         old: the parameter as the optimizer holds it.
         name: its name, for errors.
         dim: the dimension that shrinks.
-        index: the rows that stay along it.
+        index: the rows that stay along it; with two dimensions, a row of them for each entry of the first dimension.
+        factors: what the rows that stay are multiplied with, shape (rows,); None if nothing is. Gradients are divided
+            by it, so that moments are, too (see `POWERS`).
 
     Returns:
         The new state, or None if the optimizer holds none for this parameter yet.
@@ -83,14 +91,31 @@ def sliced_state(
         elif how == "averaged over":
             sliced[key] = shard_like(value, _factor_of_the_kept(key, value, state, index))
         else:
-            sliced[key] = sliced_tensor(value, how, index)
+            sliced[key] = sliced_tensor(value, how, index, moment_factors(key, factors, optimizer))
     return sliced
 
 
-def sliced_tensor(tensor: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
-    """`index_select`; of a sharded tensor, sharded in the same way."""
-    values = full_tensor(tensor)
-    return shard_like(tensor, values.index_select(dim, index.to(values.device)))
+def moment_factors(key: str, factors: torch.Tensor | None, optimizer: Optimizer | None = None) -> torch.Tensor | None:
+    """What a moment's rows are multiplied with when the parameter's are multiplied with `factors`."""
+    # RMSprop's buffer is of steps, which its division by the mean square makes independent of the gradient's size.
+    unchanged = isinstance(optimizer, torch.optim.RMSprop) and key == "momentum_buffer"
+    return None if factors is None or unchanged or key not in POWERS else factors ** POWERS[key]
+
+
+def sliced_tensor(
+    tensor: torch.Tensor, dim: int, index: torch.Tensor, factors: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`take`, and the rows multiplied with factors; of a sharded tensor, sharded in the same way."""
+    return shard_like(tensor, scaled(take(full_tensor(tensor), dim, index), dim, factors))
+
+
+def scaled(values: torch.Tensor, dim: int, factors: torch.Tensor | None) -> torch.Tensor:
+    """The entries along a dimension multiplied with factors."""
+    if factors is None:
+        return values
+    shape = [1] * values.dim()
+    shape[dim] = -1
+    return values * factors.to(values).view(shape)
 
 
 def _how_to_slice(
@@ -150,9 +175,7 @@ def _factor_of_the_kept(key: str, value: torch.Tensor, state: dict[str, Any], in
     """A factor averaged over the dimension that shrinks: the average of the second moments that stay."""
     name, dim = OTHER_FACTOR[key]
     value, other = full_tensor(value), full_tensor(state[name])
-    mean, mean_of_kept = (
-        factor.mean(dim, keepdim=True) for factor in (other, other.index_select(dim, index.to(other.device)))
-    )
+    mean, mean_of_kept = (factor.mean(dim, keepdim=True) for factor in (other, take(other, dim, index)))
     return torch.where(mean > 0, value * (mean_of_kept / mean), value)
 
 

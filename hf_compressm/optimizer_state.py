@@ -19,5 +19,23 @@ SLICED_STATE = {
     "exp_avg_sq_row": "transformers.Adafactor",
     "exp_avg_sq_col": "transformers.Adafactor",
 }
+# By which power of a number an entry is multiplied when its parameter is multiplied with that number, and its gradient
+# so divided by it. Entries that are not here stay as they are.
+POWERS = {
+    "exp_avg": -1,
+    "exp_avg_sq": -2,
+    "max_exp_avg_sq": -2,
+    "exp_inf": -1,
+    "momentum_buffer": -1,
+    "square_avg": -2,
+    "grad_avg": -1,
+    "acc_delta": 2,
+    "sum": -2,
+    "row_var": -2,
+    "col_var": -2,
+    "variance": -2,
+    "exp_avg_sq_row": -2,
+    "exp_avg_sq_col": -2,
+}
 # Entries that hold one number for the whole parameter.
 WHOLE_STATE = {"step", "mu_product", "RMS"}

@@ -33,7 +33,8 @@ class LayerPlan:
         mixer_class: the class name of its mixer.
         state_size_before: N.
         kept: the states that stay, in rising order, shape (groups, r), int64; None if the layer is projected.
-        readout: M with C' = M C, shape (r, N), float32; None if C's rows are only selected.
+        readout: M with new rows W_C' = M W_C, shape (groups, r, N), float32; None if C's rows are only selected.
+        scales: role of a `StateAxis` → the number that all entries of that role are multiplied with.
         criterion: the name of the score the states were ranked by; `balanced truncation` if the layer is projected.
         refit: how the readout or the projection was found: `conjugate gradients`, `mean field`, `balanced`,
             `alternating least squares` or `none`.
@@ -60,6 +61,7 @@ class LayerPlan:
     hankel_values: list[list[float]] | None = None
     expected_errors: dict[str, float] = field(default_factory=dict)
     groups: int = 1
+    scales: dict[str, float] = field(default_factory=dict)
 
     @property
     def realization(self) -> str:
@@ -89,6 +91,7 @@ class LayerPlan:
             "error_curve": self.error_curve,
             "hankel_values": self.hankel_values,
             "expected_errors": self.expected_errors,
+            "scales": self.scales,
         }
 
 

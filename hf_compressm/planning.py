@@ -22,10 +22,11 @@ from .distributed.processes import ALONE, NonFiniteError, Processes
 from .distributed.wrappers import unwrap
 from .elimination import eliminate
 from .mixers import Mixer, find_mixers, layers_by_config
+from .mixers.adapters import readout_of_parameters
 from .plan import CompressionPlan, LayerPlan
 from .projection import fit_projection, mean_field_error_curve, measured_error_curve, measured_hankel_values
 from .ranks import choose_state_sizes
-from .refit import fewest_tokens, refit_readout
+from .refit import fewest_tokens, refit_readout, select_readout
 from .statistics import StateStatistics
 
 logger = logging.get_logger(__name__)
@@ -105,7 +106,7 @@ def plan_compression(
 
 
 def _refits(mixer: Mixer, config: CompreSSMConfig) -> bool:
-    return config.refit and mixer.layout.readout_axis(mixer.module) is not None
+    return config.refit and mixer.layout.CAN_REFIT
 
 
 def _needs_inputs(mixer: Mixer, config: CompreSSMConfig) -> bool:
@@ -267,11 +268,21 @@ def _rank(mixer: Mixer, statistics: StateStatistics, config: CompreSSMConfig) ->
         name = "refit" if refits else "ghost"
     order = CRITERIA[name](statistics, config.seed).argsort(dim=-1, stable=True)
     if refits:
-        _, squared = eliminate(statistics.state_gram[0], statistics.readout_gram[0], order[0])
+        squared = _refit_error(statistics, order)
     else:
         squared = _selection_error(statistics.contribution_gram.double().cpu(), order)
     curve = torch.cat([torch.zeros(1, dtype=torch.float64), squared]).sqrt().flip(0)
     return _Ranking(name, order, curve)
+
+
+def _refit_error(statistics: StateStatistics, order: torch.Tensor) -> torch.Tensor:
+    """The mean field's error after 1, …, N removals with a refit, relative to all groups' energy, shape (N,)."""
+    grams = list(zip(statistics.state_gram.double().cpu(), statistics.readout_gram.double().cpu(), strict=True))
+    energies = torch.stack([(H * omega).sum() for H, omega in grams])
+    errors = torch.stack([eliminate(H, omega, rows)[1] for (H, omega), rows in zip(grams, order, strict=True)])
+    if energies.sum() <= 0:
+        return errors.mean(0)
+    return (energies[:, None] * errors).sum(0) / energies.sum()
 
 
 def _selection_error(contribution_gram: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -306,12 +317,16 @@ def _plan_selection(
     mixer: Mixer, statistics: StateStatistics, ranking: _Ranking, size: int, config: CompreSSMConfig
 ) -> LayerPlan:
     kept = ranking.order[:, statistics.state_size - size :].sort(dim=-1).values
-    readout, method, error = None, "none", float(ranking.curve[size])
+    readout, method, error, scales = None, "none", float(ranking.curve[size]), {}
     if size == statistics.state_size:
         error = 0.0
     elif _refits(mixer, config):
-        result = refit_readout(mixer, statistics, kept[0], steps=config.refit_steps, penalty=config.refit_penalty)
-        readout, method, error = result.matrix, result.method, result.relative_error
+        result = refit_readout(mixer, statistics, kept, steps=config.refit_steps, penalty=config.refit_penalty)
+        readout, method, error, scales = result.matrix, result.method, result.relative_error, result.scales
+        readout = readout_of_parameters(mixer.name, mixer.axes, readout, kept)
+    elif hasattr(mixer.layout, "scales"):
+        result = select_readout(mixer, statistics, kept)
+        error, scales = result.relative_error, result.scales
     return LayerPlan(
         mixer_class=mixer.class_name,
         state_size_before=statistics.state_size,
@@ -322,6 +337,7 @@ def _plan_selection(
         relative_error=error,
         error_curve=[round(value, 8) for value in ranking.curve.tolist()],
         groups=mixer.groups,
+        scales=scales,
     )
 
 
@@ -366,7 +382,7 @@ def _check_statistics(mixers: dict[str, Mixer], statistics: dict[str, StateStati
 
 
 def _check_parameters(mixer: Mixer) -> None:
-    for axis in mixer.layout.state_axes(mixer.module):
+    for axis in mixer.axes:
         if not torch.isfinite(axis.tensor).all():
             raise NonFiniteError(
                 f"layer {mixer.name}: parameter {axis.parameter} holds NaN or infinity; nothing was cut"

@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .distributed.wrappers import after_evaluation
+from .distributed.wrappers import after_evaluation, is_kind
 
 # What only a loss needs. They are left out when a batch is replayed for its states, if the model can do without.
-LOSS_ARGUMENTS = ("labels", "num_items_in_batch", "return_loss")
+LOSS_ARGUMENTS = ("labels", "shift_labels", "return_loss")
+# What changes how a loss is calculated, or divided: TRL's fused head makes no logits.
+LOSS_SETTINGS = ("num_items_in_batch", "fused_lm_head")
 
 
 class InputRecorder:
@@ -37,7 +39,7 @@ class InputRecorder:
         self.tokens_per_forward = 0
         self.batches: deque[dict[str, Any]] = deque()
         by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        parameters = inspect.signature(model.forward).parameters.values()
+        parameters = _parameters(model).values()
         self._names = [parameter.name for parameter in parameters if parameter.kind in by_position]
         record = self._record
         if _compiler_is_loaded():
@@ -130,7 +132,7 @@ def replay(model: nn.Module, batch: Any, *, logits: bool, through: nn.Module | N
     """
     device = next(model.parameters()).device
     batch = to_device(batch, device)
-    parameters = inspect.signature(model.forward).parameters
+    parameters = _parameters(model)
     if isinstance(batch, torch.Tensor):
         batch = (batch,)
     if not isinstance(batch, Mapping):
@@ -139,7 +141,8 @@ def replay(model: nn.Module, batch: Any, *, logits: bool, through: nn.Module | N
     optional = {name for name, parameter in parameters.items() if parameter.default is not inspect.Parameter.empty}
     if "use_cache" in optional:
         arguments["use_cache"] = False
-    arguments.pop("num_items_in_batch", None)
+    for name in LOSS_SETTINGS:
+        arguments.pop(name, None)
     if not logits:
         for name in LOSS_ARGUMENTS:
             if name in optional or name not in parameters:
@@ -147,6 +150,15 @@ def replay(model: nn.Module, batch: Any, *, logits: bool, through: nn.Module | N
         if "logits_to_keep" in optional:
             arguments["logits_to_keep"] = 1
     return (through or model)(**arguments)
+
+
+def _parameters(model: nn.Module) -> dict[str, inspect.Parameter]:
+    """The parameters of a model's forward; of a PEFT model, also those that it hands on to the model inside."""
+    parameters = dict(inspect.signature(model.forward).parameters)
+    if is_kind(model, "PeftModel"):
+        inside = inspect.signature(model.get_base_model().forward).parameters
+        parameters |= {name: parameter for name, parameter in inside.items() if name not in parameters}
+    return parameters
 
 
 @torch.no_grad()

@@ -11,7 +11,14 @@ SHOWN_LAYERS = 8
 
 @dataclass
 class LayerReport:
-    """One mixer: `status` is `cut` or `unchanged`; the rest as in `LayerPlan`."""
+    """One mixer.
+
+    Attributes:
+        status: `cut` or `unchanged`.
+        rounding_error: how far the new numbers (of C's rows, of projections) are from what was calculated, since the
+            model's dtype holds no more digits: relative, in the Frobenius norm.
+        others: as in `LayerPlan`.
+    """
 
     name: str
     mixer_class: str
@@ -26,6 +33,7 @@ class LayerReport:
     realization: str = "stock"
     expected_errors: dict[str, float] = field(default_factory=dict)
     hankel_values: list[list[float]] | None = None
+    rounding_error: float = 0.0
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,9 +88,9 @@ class StateStatistics:
     @torch.no_grad()
     def empty(cls, mixer: Mixer) -> StateStatistics:
         """Sums over no token yet, for a mixer."""
-        module, groups, size = mixer.module, mixer.groups, mixer.state_size
-        decay = mixer.layout.decay_rates(module)
-        B_norm, C_norm = mixer.layout.parameter_norms(module)
+        groups, size = mixer.groups, mixer.state_size
+        decay = mixer.decay_rates()
+        B_norm, C_norm = mixer.parameter_norms()
         zeros = decay.new_zeros
         return cls(
             tokens=zeros(()),
@@ -112,7 +111,7 @@ class StateStatistics:
         """Add the tokens of one input of the mixer, shape (batch, length, hidden), and keep the input on the host."""
         device = self.state_gram.device
         with torch.autocast(device.type, enabled=False):
-            inputs = mixer.layout.scan_inputs(mixer.module, hidden_states.detach().to(device), attention_mask)
+            inputs = mixer.scan_inputs(hidden_states.detach().to(device), attention_mask)
             mask = inputs.mask
             B, C = inputs.B * mask[..., None, None], inputs.C * mask[..., None, None]
             self.tokens += mask.sum()
@@ -190,7 +189,7 @@ def measure(
                 replay(bare, batch if counts else batch.batch, logits=False, through=runner(bare, wrapper))
     statistics = {}
     for number, (name, mixer) in enumerate(mixers.items()):
-        whole = dataclasses.replace(mixer, module=whole_module(mixer.module, bare, wrapper))
+        whole = mixer.copied(lambda module: whole_module(module, bare, wrapper))
         with processes.all_or_none(f"measuring the states of layer {name}"):
             layer = StateStatistics.empty(whole)
             for hidden_states, mask in inputs.pop(name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,14 @@ from .modeling_compressm import PROJECTIONS, projected_class
 from .optimizer import (
     add_parameters,
     check_state,
+    moment_factors,
     replace_parameter,
+    scaled,
     sliced_state,
     sliced_tensor,
     unwrap_optimizer,
 )
+from .peft_plans import remember_plan
 from .plan import CompressionPlan, LayerPlan
 from .report import CompressionReport, LayerReport
 
@@ -109,13 +113,13 @@ def compress_(model: nn.Module, plan: CompressionPlan, optimizer: Optimizer | No
     parameters_before = _count_parameters(bare)
     bytes_before = optimizer_bytes(optimizer) if engine is None else deepspeed.optimizer_bytes(engine)
     # Sharded parameters are gathered one by one here.
-    replacements = []
+    replacements, roundings = [], {name: Rounding() for name in plan.layers}
     with processes.all_or_none("preparing the cut"):
         for name, layer in plan.changes.items():
             if layer.realization != "projected":
-                replacements += _prepare(name, mixers[name], layer, optimizer)
+                replacements += _prepare(name, mixers[name], layer, optimizer, roundings[name])
             elif mixers[name].is_projected:
-                replacements += _prepare_second_projection(mixers[name], layer)
+                replacements += _prepare_second_projection(mixers[name], layer, roundings[name])
 
     # From here on nothing can fail.
     for item in replacements:
@@ -125,17 +129,18 @@ def compress_(model: nn.Module, plan: CompressionPlan, optimizer: Optimizer | No
     changed = [item.new for item in replacements]
     for name, layer in plan.changes.items():
         if layer.realization == "projected" and not mixers[name].is_projected:
-            changed += _project(bare, mixers[name], layer, optimizer)
+            changed += _project(bare, mixers[name], layer, optimizer, roundings[name])
         else:
-            mixers[name].layout.set_state_size(mixers[name].module, layer.state_size_after)
+            mixers[name].set_state_size(layer.state_size_after)
     update_configs(bare)
+    remember_plan(bare, plan)
     if isinstance(wrapper, DistributedDataParallel) and changed:
         rebuild_reducer(wrapper, changed)
     if engine is not None and changed:
         smaller = {item.new: (item.old, item.smaller) for item in replacements if item.smaller is not None}
         deepspeed.rebuild_optimizer(engine, optimizer, smaller)
     return CompressionReport(
-        layers=[layer_report(name, layer) for name, layer in plan.layers.items()],
+        layers=[layer_report(name, layer, roundings[name].relative_error) for name, layer in plan.layers.items()],
         tokens=plan.tokens,
         parameters_before=parameters_before,
         parameters_after=_count_parameters(bare),
@@ -192,14 +197,20 @@ def _validate_layer(name: str, layer: LayerPlan, mixer: Mixer) -> None:
         raise ValueError(f"layer {name}: kept indices {kept.tolist()} reach outside 0..{before - 1}")
     if any(len(set(row)) != len(row) for row in kept.tolist()):
         raise ValueError(f"layer {name}: kept indices {kept.tolist()} repeat a state")
+    known = {role for axis in mixer.axes for role in (*axis.roles, axis.whole)}
+    if not set(layer.scales) <= known or not all(math.isfinite(s) and s > 0 for s in layer.scales.values()):
+        raise ValueError(
+            f"layer {name}: the plan scales {layer.scales}; expected positive numbers for some of "
+            f"{sorted(known - {None})}"
+        )
     if layer.readout is None:
         return
-    if mixer.layout.readout_axis(mixer.module) is None:
+    if not mixer.layout.CAN_REFIT:
         raise ValueError(f"layer {name}: the plan refits the readout, which {mixer.layout.NAME} mixers do not allow")
-    if tuple(layer.readout.shape) != (kept.shape[1], before):
+    expected = (mixer.groups, kept.shape[1], before)
+    if tuple(layer.readout.shape) != expected:
         raise ValueError(
-            f"layer {name}: the readout matrix has shape {tuple(layer.readout.shape)}; "
-            f"expected {(kept.shape[1], before)}"
+            f"layer {name}: the readout matrix has shape {tuple(layer.readout.shape)}; expected {expected}"
         )
     if not torch.isfinite(layer.readout).all():
         raise ValueError(f"layer {name}: the readout matrix holds NaN or infinity")
@@ -231,7 +242,7 @@ def _validate_projection(name: str, layer: LayerPlan, mixer: Mixer) -> None:
 def _check(name: str, mixer: Mixer, layer: LayerPlan, optimizer: Optimizer | None, own_hooks: set[int]) -> None:
     """Raise if a layer's parameters, or their optimizer state, cannot be cut; nothing is communicated."""
     projected = layer.realization == "projected"
-    for axis in mixer.layout.state_axes(mixer.module):
+    for axis in mixer.axes:
         old, label = axis.tensor, f"{name}: {axis.parameter} of {type(axis.module).__name__}"
         _refuse_quantized(old, label)
         if projected and not mixer.is_projected:
@@ -246,12 +257,13 @@ def _check(name: str, mixer: Mixer, layer: LayerPlan, optimizer: Optimizer | Non
 
 
 @torch.no_grad()
-def _prepare_second_projection(mixer: Mixer, layer: LayerPlan) -> list[_Replacement]:
+def _prepare_second_projection(mixer: Mixer, layer: LayerPlan, rounding: Rounding) -> list[_Replacement]:
     """The products of a projected layer's projections with those of the plan; nothing is touched."""
     replacements = []
-    for axis in mixer.layout.state_axes(mixer.module):
+    for axis in mixer.axes:
         old = axis.tensor
         values = projected_further(fsdp2.full_tensor(old), getattr(layer, axis.parameter), mixer.groups)
+        rounding.add(values, values.to(old.dtype))
         replacements.append(_Replacement(axis, old, _like(old, values.to(old.dtype)), None))
     return replacements
 
@@ -263,58 +275,101 @@ def projected_further(first: torch.Tensor, second: torch.Tensor, groups: int) ->
 
 
 @torch.no_grad()
-def _project(model: nn.Module, mixer: Mixer, layer: LayerPlan, optimizer: Optimizer | None) -> list[nn.Parameter]:
+def _project(
+    model: nn.Module, mixer: Mixer, layer: LayerPlan, optimizer: Optimizer | None, rounding: Rounding
+) -> list[nn.Parameter]:
     """Put a projection into a stock mixer and its optimizer; returns the two parameters that this adds."""
     module = mixer.module
     project_in_place(mixer, layer.state_size_after, model)
     added = [getattr(module, name) for name in PROJECTIONS]
     for name, parameter in zip(PROJECTIONS, added, strict=True):
-        parameter.copy_(fsdp2.shard_like(parameter, getattr(layer, name)))
+        matrix = getattr(layer, name)
+        rounding.add(matrix.double(), matrix.to(parameter.dtype))
+        parameter.copy_(fsdp2.shard_like(parameter, matrix))
     if optimizer is not None:
         add_parameters(optimizer, model, module, added)
     return added
 
 
 @torch.no_grad()
-def _prepare(name: str, mixer: Mixer, layer: LayerPlan, optimizer: Optimizer | None) -> list[_Replacement]:
+def _prepare(
+    name: str, mixer: Mixer, layer: LayerPlan, optimizer: Optimizer | None, rounding: Rounding
+) -> list[_Replacement]:
     """The new parameters of one layer and their optimizer state; nothing is touched."""
     replacements = []
-    for axis in mixer.layout.state_axes(mixer.module):
+    for axis in mixer.axes:
         old, label = axis.tensor, f"{name}: {axis.parameter} of {type(axis.module).__name__}"
         index = axis.index(layer.kept, layer.state_size_before)
-        new = _like(old, smaller_values(mixer, axis, layer, fsdp2.full_tensor(old.detach())))
+        factors = axis.factors(layer.scales, layer.state_size_after)
+        values = smaller_values(axis, layer, fsdp2.full_tensor(old.detach()), rounding)
+        new = _like(old, values)
         if old.grad is not None:
-            new.grad = sliced_tensor(old.grad, axis.dim, index)
+            new.grad = sliced_tensor(old.grad, axis.dim, index, None if factors is None else 1 / factors)
         state = None
         if optimizer is not None:
-            state = sliced_state(optimizer, old, label, axis.dim, index)
+            state = sliced_state(optimizer, old, label, axis.dim, index, factors)
             check_state_shapes(label, new, state or {})
-        replacements.append(_Replacement(axis, old, new, state, _smaller(mixer, axis, layer)))
+        replacements.append(_Replacement(axis, old, new, state, _smaller(axis, layer)))
     return replacements
 
 
-def _smaller(mixer: Mixer, axis: StateAxis, layer: LayerPlan) -> deepspeed.Smaller:
+def _smaller(axis: StateAxis, layer: LayerPlan) -> deepspeed.Smaller:
     """What becomes of a parameter's master weights, and of its moments, of which the kept states' entries stay."""
     index = axis.index(layer.kept, layer.state_size_before)
+    factors = axis.factors(layer.scales, layer.state_size_after)
 
     def smaller(name: str, whole: torch.Tensor) -> torch.Tensor:
         if name == deepspeed.MASTER:
-            return smaller_values(mixer, axis, layer, whole)
-        return whole.index_select(axis.dim, index.to(whole.device))
+            return smaller_values(axis, layer, whole)
+        return sliced_tensor(whole, axis.dim, index, moment_factors(name, factors))
 
     return smaller
 
 
-def smaller_values(mixer: Mixer, axis: StateAxis, layer: LayerPlan, values: torch.Tensor) -> torch.Tensor:
-    """What a selection of states leaves of one parameter's values: the kept states' entries, C's rows refitted."""
-    index = axis.index(layer.kept, layer.state_size_before)
-    smaller = values.index_select(axis.dim, index.to(values.device))
-    readout = mixer.layout.readout_axis(mixer.module) if layer.readout is not None else None
-    if readout is not None and axis == readout[0]:
-        _, block = readout
-        rows = values[axis.block(block, layer.state_size_before)].double().cpu()
-        smaller[axis.block(block, layer.state_size_after)] = (layer.readout.double() @ rows).to(smaller)
-    return smaller
+@dataclass
+class Rounding:
+    """How far numbers are from what they were calculated to be, since the model's dtype holds no more digits."""
+
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+
+    def add(self, exact: torch.Tensor, rounded: torch.Tensor) -> None:
+        self.squared_error += float((rounded.double().cpu() - exact.cpu()).square().sum())
+        self.squared_norm += float(exact.square().sum())
+
+    @property
+    def relative_error(self) -> float:
+        return math.sqrt(self.squared_error / self.squared_norm) if self.squared_norm else 0.0
+
+
+def smaller_values(
+    axis: StateAxis, layer: LayerPlan, values: torch.Tensor, rounding: Rounding | None = None
+) -> torch.Tensor:
+    """What a selection of states leaves of one parameter: the kept states' entries, C's rows refitted, and scaled.
+
+    Args:
+        axis: the parameter, and where its states are.
+        layer: the layer's plan, which selects states.
+        values: the parameter's values, whole, or something that is made and read out as they are.
+        rounding: takes in how exactly new numbers are held in the values' dtype.
+    """
+    size = layer.state_size_after
+    smaller = axis.take(values, layer.kept, layer.state_size_before)
+    factors = axis.factors(layer.scales, size)
+    refitted = layer.readout is not None and "C" in axis.roles
+    if factors is None and not refitted:
+        return smaller
+    exact = smaller.double()
+    for number, role in enumerate(axis.roles if refitted else ()):
+        if role != "C":
+            continue
+        new = axis.read_out(values, layer.readout, layer.kept, number, layer.state_size_before)
+        exact.narrow(axis.dim, axis.block(number, size).start, size).copy_(new)
+    exact = scaled(exact, axis.dim, factors)
+    rounded = exact.to(smaller.dtype)
+    if rounding is not None:
+        rounding.add(exact, rounded)
+    return rounded
 
 
 def _like(old: nn.Parameter, values: torch.Tensor) -> nn.Parameter:
@@ -348,7 +403,7 @@ def _refuse_shared_parameters(model: nn.Module, mixers: dict[str, Mixer], plan: 
         for own_name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(id(parameter), []).append(f"{name}.{own_name}")
     for layer in plan.changes:
-        for axis in mixers[layer].layout.state_axes(mixers[layer].module):
+        for axis in mixers[layer].axes:
             shared = owners[id(axis.tensor)]
             if len(shared) > 1:
                 raise RuntimeError(f"layer {layer}: one parameter has several owners ({', '.join(shared)}); untie it")
@@ -393,7 +448,7 @@ def _count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def layer_report(name: str, layer: LayerPlan) -> LayerReport:
+def layer_report(name: str, layer: LayerPlan, rounding_error: float = 0.0) -> LayerReport:
     return LayerReport(
         name=name,
         mixer_class=layer.mixer_class,
@@ -408,4 +463,5 @@ def layer_report(name: str, layer: LayerPlan) -> LayerReport:
         kept=None if layer.kept is None else layer.kept.tolist(),
         error_curve=layer.error_curve,
         hankel_values=layer.hankel_values,
+        rounding_error=rounding_error,
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Else DeepSpeed says on stdout that it found no GPU.
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import pytest
 import torch
@@ -19,9 +22,15 @@ from transformers import (
     FalconH1Config,
     FalconH1ForCausalLM,
     FalconH1Model,
+    FalconMambaConfig,
+    FalconMambaForCausalLM,
+    FalconMambaModel,
     GraniteMoeHybridConfig,
     GraniteMoeHybridForCausalLM,
     GraniteMoeHybridModel,
+    JambaConfig,
+    JambaForCausalLM,
+    JambaModel,
     Mamba2Config,
     Mamba2ForCausalLM,
     Mamba2Model,
@@ -36,6 +45,9 @@ from transformers import (
     Zamba2Config,
     Zamba2ForCausalLM,
     Zamba2Model,
+    ZambaConfig,
+    ZambaForCausalLM,
+    ZambaModel,
 )
 
 from hf_compressm import CompressionPlan, CompreSSMConfig, StateStatistics, find_mixers, measure
@@ -89,11 +101,15 @@ def tiny(request) -> Tiny:
 
 @dataclass(frozen=True)
 class Relative(Tiny):
-    """A tiny model with Mamba-2 mixers (8 states in each of two groups), whatever its config calls their numbers."""
+    """A tiny model with 8 states in each layer, or in each group of one, whatever its config calls their number."""
 
     def config(self, **options) -> PreTrainedConfig:
         common = {"vocab_size": VOCABULARY, "hidden_size": 16, "pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
         return self.config_class(**copy.deepcopy(common | self.options | options))
+
+    def but(self, **options) -> Relative:
+        """The same with other options."""
+        return dataclasses.replace(self, options=self.options | options)
 
 
 _ATTENTION = {"num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 24}
@@ -105,7 +121,36 @@ _FALCON = {
     "ssm_in_multiplier": 1.5,
 }
 
-# Every architecture with Mamba-2 mixers; Falcon-H1 without its norm, and with the norm before the gate.
+# Every architecture with Mamba-1 mixers, one group each but for Zamba: there each of two heads has states of its own.
+MAMBA1_FAMILY = {
+    "mamba": Relative(
+        MambaConfig,
+        MambaForCausalLM,
+        MambaModel,
+        {"num_hidden_layers": 2, "state_size": 8, "use_mambapy": False},
+    ),
+    "falcon_mamba": Relative(
+        FalconMambaConfig, FalconMambaForCausalLM, FalconMambaModel, {"num_hidden_layers": 2, "state_size": 8}
+    ),
+    "jamba": Relative(
+        JambaConfig,
+        JambaForCausalLM,
+        JambaModel,
+        _ATTENTION
+        | {"num_hidden_layers": 3, "attn_layer_period": 3, "attn_layer_offset": 1, "mamba_d_state": 8}
+        | {"expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 2, "num_experts_per_tok": 1},
+    ),
+    "zamba": Relative(
+        ZambaConfig,
+        ZambaForCausalLM,
+        ZambaModel,
+        _ATTENTION
+        | {"num_hidden_layers": 3, "layers_block_type": ["linear_attention", "hybrid", "hybrid"]}
+        | {"num_key_value_heads": 2, "mamba_d_state": 8, "n_mamba_heads": 2},
+    ),
+}
+
+# Every architecture with Mamba-2 mixers, two groups each; Falcon-H1 without its norm, and with it before the gate.
 MAMBA2_FAMILY = {
     "mamba2": Relative(
         Mamba2Config,
@@ -166,6 +211,26 @@ def relative(request) -> Relative:
     return MAMBA2_FAMILY[request.param]
 
 
+_ALL_TEN = MAMBA1_FAMILY | MAMBA2_FAMILY
+# Every architecture, and what else their configs allow where it concerns a cut.
+WHOLE_MODELS = _ALL_TEN | {
+    "mamba with untied embeddings": _ALL_TEN["mamba"].but(tie_word_embeddings=False),
+    "falcon_mamba with biases": _ALL_TEN["falcon_mamba"].but(use_bias=True),
+    "jamba with tied embeddings": _ALL_TEN["jamba"].but(tie_word_embeddings=True),
+    "zamba with four heads": _ALL_TEN["zamba"].but(n_mamba_heads=4),
+    "mamba2 with one group": _ALL_TEN["mamba2"].but(n_groups=1),
+    "mamba2 with four groups": _ALL_TEN["mamba2"].but(n_groups=4),
+    "bamba with biases": _ALL_TEN["bamba"].but(mamba_proj_bias=True),
+    "granitemoehybrid with tied embeddings": _ALL_TEN["granitemoehybrid"].but(tie_word_embeddings=True),
+}
+
+
+@pytest.fixture(params=list(WHOLE_MODELS))
+def architecture(request) -> Relative:
+    """Each architecture, and each variant, in turn."""
+    return WHOLE_MODELS[request.param]
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Several test processes share two cores."""
@@ -202,7 +267,10 @@ def stir(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
 
 
 def selection_plan(model: torch.nn.Module, kept: list[int] | list[list[int]]) -> CompressionPlan:
-    """A plan made by hand: every layer keeps these states (the same in each group, or a list for each group)."""
+    """A plan made by hand: every layer keeps these states (the same in each group, or a list for each group).
+
+    Where B and C are normalised, it is right for a model whose other states are silent.
+    """
     layers = {}
     for name, mixer in find_mixers(model).items():
         rows = torch.tensor(kept)
@@ -216,8 +284,19 @@ def selection_plan(model: torch.nn.Module, kept: list[int] | list[list[int]]) ->
             refit="none",
             relative_error=0.0,
             error_curve=[1.0] + [0.0] * mixer.state_size,
+            scales=_scales(mixer, rows.shape[1] / mixer.state_size),
         )
     return CompressionPlan(layers, 1, CompreSSMConfig(state_size=rows.shape[1]))
+
+
+def _scales(mixer: Mixer, share: float) -> dict[str, float]:
+    """What keeps the root mean squares of B and C, and then their products, when a share of the states stays."""
+    if not hasattr(mixer.module, "b_layernorm") or share == 1:
+        return {}
+    rows = {"B": share**0.5, "C": share**0.5}
+    if isinstance(mixer.module.b_layernorm.weight, torch.nn.Parameter):
+        return rows | {"B norm": share**-0.5, "C norm": share**-0.5}
+    return rows | {"D": share, "out": 1 / share}
 
 
 def projection_plan(model: torch.nn.Module, sizes: int | list[int], seed: int = 0) -> CompressionPlan:
@@ -292,12 +371,15 @@ def silence_states(model: torch.nn.Module, states: list[int] | list[list[int]]) 
     for mixer in find_mixers(model).values():
         rows = torch.tensor(states)
         rows = rows.expand(mixer.groups, -1) if rows.dim() == 1 else rows
-        for axis in mixer.layout.state_axes(mixer.module):
-            if axis.parameter == "A_log":
-                continue
-            for block in range(axis.blocks):
-                start = axis.block(block, mixer.state_size).start
-                axis.tensor.index_fill_(axis.dim, start + rows[block % mixer.groups], 0.0)
+        for axis in mixer.axes:
+            in_groups = axis.group_dim is not None
+            # From the end, since each group's part has one dimension less in front.
+            dim = axis.dim - axis.tensor.dim()
+            for group, part in enumerate(axis.tensor.unbind(axis.group_dim) if in_groups else [axis.tensor]):
+                for block, role in enumerate(axis.roles):
+                    if role in ("B", "C"):
+                        first = axis.block(block, mixer.state_size).start
+                        part.index_fill_(dim, first + rows[group if in_groups else block % mixer.groups], 0.0)
 
 
 @pytest.fixture

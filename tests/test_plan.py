@@ -93,7 +93,7 @@ class TestFiles:
     def test_digest_sees_every_part(self, plan):
         name, layer = next(iter(plan.layers.items()))
         readout = layer.readout.clone()
-        readout[0, 0] = np.nextafter(np.float32(readout[0, 0]), np.float32(np.inf)).item()
+        readout[0, 0, 0] = np.nextafter(np.float32(readout[0, 0, 0]), np.float32(np.inf)).item()
         changes = [
             {"kept": layer.kept.flip(1)},
             {"readout": readout},
@@ -280,7 +280,7 @@ def test_mamba1_plans_carry_a_readout_and_mamba2_plans_none(tiny):
     _, plan = make_plan(tiny)
     for layer in plan.layers.values():
         if tiny is TINY["mamba"]:
-            assert layer.readout.shape == (3, 8) and layer.readout.dtype == torch.float32
+            assert layer.readout.shape == (1, 3, 8) and layer.readout.dtype == torch.float32
             assert layer.refit in ("conjugate gradients", "mean field")
         else:
             assert layer.readout is None and layer.refit == "none"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -83,7 +84,8 @@ def dense_optimum(run: NaiveRun, kept: list[int], penalty: float) -> np.ndarray:
 
 
 def refit(mixer: Mixer, statistics: StateStatistics, steps: int = 10, kept: list[int] = KEPT, **options):
-    return refit_readout(mixer, statistics, torch.tensor(kept), steps=steps, **{"penalty": PENALTY} | options)
+    result = refit_readout(mixer, statistics, torch.tensor([kept]), steps=steps, **{"penalty": PENALTY} | options)
+    return dataclasses.replace(result, matrix=result.matrix[0])
 
 
 def test_mean_field_equals_its_formula():

@@ -232,7 +232,7 @@ def test_refitted_readouts_are_folded_into_the_rows_of_c(dtype):
     compress_(model, plan)
     for name, layer in plan.layers.items():
         old, new = before[f"{name}.x_proj.weight"], model.get_parameter(f"{name}.x_proj.weight")
-        expected = torch.cat([old[:1], old[1:9][layer.kept[0]], layer.readout.double() @ old[9:17]])
+        expected = torch.cat([old[:1], old[1:9][layer.kept[0]], layer.readout[0].double() @ old[9:17]])
         assert torch.equal(new, expected.to(dtype))
 
 
@@ -377,10 +377,11 @@ BAD_PLANS = {
     ),
 }
 BAD_READOUTS = {
-    "transposed": (torch.zeros(8, 3), r"the readout matrix has shape \(8, 3\); expected \(3, 8\)"),
-    "for fewer states": (torch.zeros(2, 8), r"the readout matrix has shape \(2, 8\); expected \(3, 8\)"),
-    "NaN": (torch.full((3, 8), math.nan), "the readout matrix holds NaN or infinity"),
-    "infinite": (torch.full((3, 8), math.inf), "the readout matrix holds NaN or infinity"),
+    "transposed": (torch.zeros(1, 8, 3), r"the readout matrix has shape \(1, 8, 3\); expected \(1, 3, 8\)"),
+    "for fewer states": (torch.zeros(1, 2, 8), r"the readout matrix has shape \(1, 2, 8\); expected \(1, 3, 8\)"),
+    "without groups": (torch.zeros(3, 8), r"the readout matrix has shape \(3, 8\); expected \(1, 3, 8\)"),
+    "NaN": (torch.full((1, 3, 8), math.nan), "the readout matrix holds NaN or infinity"),
+    "infinite": (torch.full((1, 3, 8), math.inf), "the readout matrix holds NaN or infinity"),
 }
 
 

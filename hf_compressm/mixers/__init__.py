@@ -1,8 +1,8 @@
 """Where the state lives: one module per parameter layout, and the table of architectures that use them."""
 
-from . import mamba2
-from .architectures import ARCHITECTURES, Architecture, Mixer, find_mixers, layers_by_config
-from .scan import ScanInputs, StateAxis, stream_states
+from . import mamba1, mamba2
+from .architectures import ARCHITECTURES, Architecture, Mixer, find_mixers, layers_by_config, register_mixer
+from .scan import ScanInputs, StateAxis, stream_states, take
 
 __all__ = [
     "ARCHITECTURES",
@@ -12,6 +12,9 @@ __all__ = [
     "StateAxis",
     "find_mixers",
     "layers_by_config",
+    "mamba1",
     "mamba2",
+    "register_mixer",
     "stream_states",
+    "take",
 ]

@@ -2,41 +2,175 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from . import mamba1, mamba2, projected
+from ..distributed.wrappers import is_kind
+from . import mamba1, mamba1_heads, mamba1_normalized, mamba2, projected
+from .adapters import adapted_parameters, between, parameter_wrappers, set_features, through_adapters
+from .scan import ScanInputs, StateAxis
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """How one model family of Transformers carries its state.
+    """How one model family carries its state.
 
     Attributes:
-        model_type: `config.model_type`.
-        layout: the module of this package that knows the parameters' layout.
+        model_type: `config.model_type`; None for a mixer that is in no model of Transformers.
+        layout: the module that knows the parameters' layout: one of this package, or your own with the same functions.
         state_size_field: the config's name for N.
+        groups_field: the config's name for the number of groups, each with states of its own; None: one group.
+        can_be_projected: whether there is a projected model class.
+        names: the layout's name of an attribute → the mixer's, where they differ.
+        note: what a user should know of it, one sentence for the table in the README.
     """
 
-    model_type: str
+    model_type: str | None
     layout: ModuleType
-    state_size_field: str
+    state_size_field: str = "state_size"
+    groups_field: str | None = None
+    can_be_projected: bool = False
+    names: Mapping[str, str] = field(default_factory=dict)
+    note: str = ""
 
 
-# Class name of the mixer → its architecture. Subclasses of these classes are found too.
+# Class name of the mixer → its architecture; outside of Transformers, the name with its module. Subclasses of these
+# classes are found too.
 ARCHITECTURES: dict[str, Architecture] = {
-    "MambaMixer": Architecture("mamba", mamba1, "state_size"),
-    "Mamba2Mixer": Architecture("mamba2", mamba2, "state_size"),
-    "Zamba2MambaMixer": Architecture("zamba2", mamba2, "mamba_d_state"),
-    "BambaMixer": Architecture("bamba", mamba2, "mamba_d_state"),
-    "FalconH1Mixer": Architecture("falcon_h1", mamba2, "mamba_d_state"),
-    "GraniteMoeHybridMambaLayer": Architecture("granitemoehybrid", mamba2, "mamba_d_state"),
-    "NemotronHMamba2Mixer": Architecture("nemotron_h", mamba2, "ssm_state_size"),
+    "MambaMixer": Architecture("mamba", mamba1, note="The readout is refitted."),
+    "FalconMambaMixer": Architecture(
+        "falcon_mamba",
+        mamba1_normalized,
+        note="The readout is refitted. B and C are divided by their root mean square, which loses the removed states: "
+        "exact where those are zero, else the refit makes up for it; D and out_proj are scaled along.",
+    ),
+    "JambaMambaMixer": Architecture(
+        "jamba",
+        mamba1_normalized,
+        "mamba_d_state",
+        note="As Falcon-Mamba, but the norms' own weights are scaled along.",
+    ),
+    "ZambaMambaMixer": Architecture(
+        "zamba",
+        mamba1_heads,
+        "mamba_d_state",
+        "n_mamba_heads",
+        note="Each head keeps its own states, and has a readout of its own to be refitted.",
+    ),
+    "Mamba2Mixer": Architecture("mamba2", mamba2, "state_size", "n_groups", True),
+    "Zamba2MambaMixer": Architecture("zamba2", mamba2, "mamba_d_state", "mamba_ngroups", True),
+    "BambaMixer": Architecture("bamba", mamba2, "mamba_d_state", "mamba_n_groups", True),
+    "FalconH1Mixer": Architecture(
+        "falcon_h1",
+        mamba2,
+        "mamba_d_state",
+        "mamba_n_groups",
+        True,
+        note="`mup_vector`, which the config does not store, follows the new size.",
+    ),
+    "GraniteMoeHybridMambaLayer": Architecture("granitemoehybrid", mamba2, "mamba_d_state", "mamba_n_groups", True),
+    "NemotronHMamba2Mixer": Architecture("nemotron_h", mamba2, "ssm_state_size", "n_groups", True),
+    "mamba_ssm.modules.mamba_simple.Mamba": Architecture(
+        None,
+        mamba1,
+        names={"ssm_state_size": "d_state", "intermediate_size": "d_inner", "time_step_rank": "dt_rank"},
+        note="Has no Transformers config: write the new size into the one that you build it from.",
+    ),
+    "mamba_ssm.modules.mamba2.Mamba2": Architecture(
+        None,
+        mamba2,
+        names={
+            "ssm_state_size": "d_state",
+            "intermediate_size": "d_ssm",
+            "n_groups": "ngroups",
+            "num_heads": "nheads",
+            "head_dim": "headdim",
+            "time_step_limit": "dt_limit",
+        },
+        note="As mamba_ssm's Mamba. Without d_mlp, D_has_hdim and process groups.",
+    ),
 }
+
+
+def register_mixer(mixer_class: type[nn.Module], architecture: Architecture) -> None:
+    """Let mixers of a class from outside Transformers be cut; subclasses of a known mixer need no registration.
+
+    Args:
+        mixer_class: the class of your mixer.
+        architecture: with one of this package's layouts, if your mixer has its parameters (under other names of its
+            attributes, if need be: `names`), or a module of your own that has the functions of `mamba1`.
+
+    Raises:
+        TypeError: not a class of modules.
+        ValueError: a layout that lacks a function.
+
+    Example:
+        >>> from hf_compressm.mixers import Architecture, mamba1, register_mixer
+        >>> class MyMixer(nn.Module):
+        ...     "As in Mamba, but its state size is called d_state."
+        >>> register_mixer(MyMixer, Architecture("my_model", mamba1, "d_state", names={"ssm_state_size": "d_state"}))
+        >>> unregister_mixer(MyMixer)
+    """
+    if not (isinstance(mixer_class, type) and issubclass(mixer_class, nn.Module)):
+        raise TypeError(f"mixer_class must be a class of torch modules, got {mixer_class!r}")
+    missing = [name for name in LAYOUT_NAMES if not hasattr(architecture.layout, name)]
+    if missing:
+        raise ValueError(
+            f"{mixer_class.__name__}: the layout {architecture.layout!r} lacks {', '.join(missing)}; "
+            "hf_compressm.mixers.mamba1 shows what they do"
+        )
+    ARCHITECTURES[_full_name(mixer_class)] = architecture
+
+
+def unregister_mixer(mixer_class: type[nn.Module]) -> None:
+    """Forget what `register_mixer` was told of a class."""
+    ARCHITECTURES.pop(_full_name(mixer_class), None)
+
+
+# What a layout is made of.
+LAYOUT_NAMES = (
+    "NAME",
+    "CAN_REFIT",
+    "state_axes",
+    "groups",
+    "set_state_size",
+    "decay_rates",
+    "parameter_norms",
+    "scan_inputs",
+)
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def architecture_of(module: nn.Module) -> Architecture | None:
+    """The row of the table that a module belongs to, or None."""
+    for cls in type(module).__mro__:
+        for name in (_full_name(cls), cls.__name__):
+            if name in ARCHITECTURES:
+                return ARCHITECTURES[name]
+    return None
+
+
+class _Renamed:
+    """A mixer under the attribute names that its layout knows."""
+
+    def __init__(self, module: nn.Module, names: Mapping[str, str]) -> None:
+        vars(self).update(_module=module, _names=names)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, self._names.get(name, name))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._module, self._names.get(name, name), value)
 
 
 # What may stand around a mixer, and what it calls the module inside.
@@ -45,24 +179,91 @@ WRAPPERS = {
     "CheckpointWrapper": "_checkpoint_wrapped_module",
     "OptimizedModule": "_orig_mod",
 }
+# PEFT's modules do, too.
+SHOWN_THROUGH = ("PeftModel", "BaseTuner", "BaseTunerLayer", "AuxiliaryTrainingWrapper")
 
 
 @dataclass(frozen=True)
 class Mixer:
-    """A mixer found in a model: its name there, the module, its architecture and the config that rules its size."""
+    """A mixer found in a model.
+
+    Attributes:
+        name: its name in the model, without what PEFT and other wrappers put into it.
+        module: the mixer itself.
+        architecture: its row of the table.
+        config: the config that rules its size.
+        wrappers: what PEFT's `target_parameters` put around it, outermost first.
+    """
 
     name: str
     module: nn.Module
     architecture: Architecture
     config: PreTrainedConfig | None
+    wrappers: tuple[nn.Module, ...] = ()
 
     @property
     def layout(self) -> ModuleType:
         return projected if self.is_projected else self.architecture.layout
 
     @property
+    def parts(self) -> nn.Module:
+        """The module under the names that the layout knows."""
+        names = self.architecture.names
+        return _Renamed(self.module, names) if names else self.module
+
+    @property
     def state_size(self) -> int:
-        return self.module.ssm_state_size
+        return self.parts.ssm_state_size
+
+    @property
+    def axes(self) -> list[StateAxis]:
+        """Every parameter that a cut changes, those of adapters included."""
+        return self.axes_in(self.layout)
+
+    def axes_in(self, layout: ModuleType) -> list[StateAxis]:
+        """The same in another layout than that of the mixer's present realization."""
+        axes = layout.state_axes(self.parts)
+        if self.architecture.names:
+            axes = [
+                dataclasses.replace(axis, module=self.module) if isinstance(axis.module, _Renamed) else axis
+                for axis in axes
+            ]
+        return [part for axis in axes for part in through_adapters(axis, self.wrappers)]
+
+    @property
+    def state_axes(self) -> list[StateAxis]:
+        """The parameters whose shapes depend on N."""
+        return [axis for axis in self.axes if axis.roles]
+
+    def set_state_size(self, state_size: int) -> None:
+        """Write the new size into the numbers that the forward reads; the parameters have it already."""
+        self.layout.set_state_size(self.parts, state_size)
+        set_features(self.wrappers)
+
+    def scan_inputs(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> ScanInputs:
+        """Recompute the recurrence's inputs from the mixer's input, in float32.
+
+        Args:
+            hidden_states: shape (batch, length, hidden).
+            attention_mask: 1 for real tokens, shape (batch, length); None if there is no padding.
+        """
+        with adapted_parameters(self.wrappers):
+            return self.layout.scan_inputs(self.parts, hidden_states, attention_mask)
+
+    def decay_rates(self) -> torch.Tensor:
+        """The negative rates A, shape (groups, channels, N or 1), float32."""
+        with adapted_parameters(self.wrappers):
+            return self.layout.decay_rates(self.parts)
+
+    def parameter_norms(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Norms of the parameter rows that make B and C, each of shape (groups, N), float32."""
+        with adapted_parameters(self.wrappers):
+            return self.layout.parameter_norms(self.parts)
+
+    def copied(self, copy: Callable[[nn.Module], nn.Module]) -> Mixer:
+        """The same mixer with a copy of its module and of what is around it."""
+        wrappers, module = parameter_wrappers(copy((*self.wrappers, self.module)[0]))
+        return dataclasses.replace(self, module=module, wrappers=tuple(wrappers))
 
     @property
     def class_name(self) -> str:
@@ -78,17 +279,17 @@ class Mixer:
     @property
     def can_be_projected(self) -> bool:
         """Whether a change of the state's basis commutes with its dynamics: A is one number per head."""
-        return self.architecture.layout is mamba2
+        return self.architecture.can_be_projected
 
     @property
     def bytes_per_state(self) -> int:
         """What one state more takes in the recurrent cache of one sequence: one number per channel."""
         # Transformers caches recurrent states in float32, whatever the weights are.
-        return self.module.intermediate_size * 4
+        return self.parts.intermediate_size * 4
 
     @property
     def groups(self) -> int:
-        return self.layout.groups(self.module)
+        return self.layout.groups(self.parts)
 
 
 def find_mixers(model: nn.Module) -> dict[str, Mixer]:
@@ -107,23 +308,31 @@ def find_mixers(model: nn.Module) -> dict[str, Mixer]:
         >>> list(find_mixers(MambaModel(config)))
         ['layers.0.mixer', 'layers.1.mixer']
     """
-    modules = [(_own_name(name), module) for name, module in model.named_modules()]
+    hidden = between(model)
+    modules = [(_own_name(name, hidden), module) for name, module in model.named_modules()]
     models = [(name, module) for name, module in modules if isinstance(module, PreTrainedModel)]
-    mixers = {}
+    mixers, wrapped = {}, {}
     for name, module in modules:
-        architecture = next(
-            (ARCHITECTURES[cls.__name__] for cls in type(module).__mro__ if cls.__name__ in ARCHITECTURES), None
-        )
+        architecture = architecture_of(module)
         if architecture is not None:
             config = _ruling_config(name, architecture, models) or getattr(module, "config", None)
-            mixers[name] = Mixer(name, module, architecture, config)
-        elif type(module).__name__ in WRAPPERS:
+            mixers[name] = Mixer(name, module, architecture, config, wrapped.get(id(module), ()))
+        elif is_kind(module, "ParamWrapper"):
+            wrappers, inside = parameter_wrappers(module)
+            wrapped.setdefault(id(inside), tuple(wrappers))
+        elif is_kind(module, "AuxiliaryTrainingWrapper") and architecture_of(module.original_module) is not None:
+            raise TypeError(
+                f"layer {name}: modules_to_save holds a whole mixer, which cannot be cut; name the layers in it that "
+                "should be trained (in_proj, conv1d, ...)"
+            )
+        elif type(module).__name__ in WRAPPERS or is_kind(module, *SHOWN_THROUGH):
             # Shows its inner module's attributes as its own.
             continue
         elif hasattr(module, "ssm_state_size") or "A_log" in dict(module.named_parameters(recurse=False)):
             raise TypeError(
                 f"layer {name or '(the model itself)'}: {type(module).__name__} carries a state, but is not "
-                f"supported; supported mixers: {', '.join(ARCHITECTURES)}"
+                "supported; hf_compressm.mixers.register_mixer can add it. Supported mixers: "
+                f"{', '.join(ARCHITECTURES)}"
             )
     if not mixers:
         raise ValueError(
@@ -133,9 +342,14 @@ def find_mixers(model: nn.Module) -> dict[str, Mixer]:
     return mixers
 
 
-def _own_name(name: str) -> str:
-    """A module's name without what FSDP1, activation checkpointing and torch.compile put into it."""
-    return ".".join(part for part in name.split(".") if part not in WRAPPERS.values())
+def _own_name(name: str, hidden: set[str]) -> str:
+    """A module's name without what PEFT, FSDP1, activation checkpointing and torch.compile put into it."""
+    parts = name.split(".")
+    return ".".join(
+        part
+        for number, part in enumerate(parts, start=1)
+        if part not in WRAPPERS.values() and ".".join(parts[:number]) not in hidden
+    )
 
 
 def _ruling_config(

@@ -11,22 +11,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .scan import ScanInputs, StateAxis
+from .adapters import copies_of, effective_bias, effective_weight
+from .scan import Normalization, ScanInputs, StateAxis
 
 NAME = "Mamba-1"
+CAN_REFIT = True
 
 
 def state_axes(mixer: nn.Module) -> list[StateAxis]:
     """The parameters that hold the state, and where in them."""
     return [
-        StateAxis(mixer, "A_log", dim=1, blocks=1),
-        StateAxis(mixer.x_proj, "weight", dim=0, blocks=2, before=mixer.time_step_rank),
+        StateAxis(mixer, "A_log", dim=1, roles=("A",)),
+        StateAxis(mixer.x_proj, "weight", dim=0, roles=("B", "C"), before=mixer.time_step_rank),
     ]
-
-
-def readout_axis(mixer: nn.Module) -> tuple[StateAxis, int]:
-    """The axis whose rows read the state out (C), and the number of its block: new rows may be put there."""
-    return state_axes(mixer)[1], 1
 
 
 def groups(mixer: nn.Module) -> int:
@@ -36,20 +33,20 @@ def groups(mixer: nn.Module) -> int:
 def set_state_size(mixer: nn.Module, state_size: int) -> None:
     """Write the new size into the numbers that the forward reads; the parameters have it already."""
     mixer.ssm_state_size = state_size
-    mixer.x_proj.out_features = mixer.x_proj.weight.shape[0]
+    for x_proj in copies_of(mixer.x_proj):
+        x_proj.out_features = mixer.time_step_rank + 2 * state_size
 
 
 def decay_rates(mixer: nn.Module) -> torch.Tensor:
     """The negative rates A, shape (groups, channels, N), float32."""
-    return -mixer.A_log.detach().float().exp()[None]
+    return -effective_weight(mixer, "A_log").detach().exp()[None]
 
 
 def parameter_norms(mixer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """Norms of the rows of W_B and W_C, each of shape (groups, N), float32."""
-    axis, readout = readout_axis(mixer)
-    weight = mixer.x_proj.weight.detach().float()
-    size = mixer.ssm_state_size
-    return tuple(weight[axis.block(block, size)].norm(dim=1)[None] for block in (0, readout))
+    weight = effective_weight(mixer.x_proj).detach()
+    B, C = weight[mixer.time_step_rank :].unflatten(0, (2, -1)).norm(dim=2)
+    return B[None], C[None]
 
 
 def scan_inputs(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> ScanInputs:
@@ -63,21 +60,47 @@ def scan_inputs(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: t
         attention_mask: 1 for real tokens, shape (batch, length); None if there is no padding.
     """
     mask = token_mask(hidden_states, attention_mask)
+    x, gate = convolved(mixer, hidden_states, mask)
+    delta, B, C = features(mixer, x)
+    return with_delta(mixer, delta, x, gate, B, C, mask)
+
+
+def convolved(mixer: nn.Module, hidden_states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What enters the scan, and silu(z), both of shape (batch, length, I)."""
     x, z = linear(mixer.in_proj, hidden_states.float() * mask[..., None]).chunk(2, dim=-1)
-    x = mixer.act(causal_conv(mixer.conv1d, x)) * mask[..., None]
-    rank, size = mixer.time_step_rank, mixer.ssm_state_size
-    delta, B, C = linear(mixer.x_proj, x).split([rank, size, size], dim=-1)
-    delta = F.softplus(linear(mixer.dt_proj, delta))
+    return mixer.act(causal_conv(mixer.conv1d, x)) * mask[..., None], F.silu(z)
+
+
+def features(mixer: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What x_proj makes of the scan's input: the low-rank Δ (batch, length, R), B and C (batch, length, N)."""
+    size = mixer.ssm_state_size
+    return linear(mixer.x_proj, x).split([mixer.time_step_rank, size, size], dim=-1)
+
+
+def with_delta(
+    mixer: nn.Module,
+    delta: torch.Tensor,
+    x: torch.Tensor,
+    gate: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    mask: torch.Tensor,
+    normalization: Normalization | None = None,
+) -> ScanInputs:
+    """The recurrence, from the low-rank Δ, the scan's input, silu(z), B and C; each (batch, length, ...)."""
+    # The forward reads dt_proj's weight raw: an adapter around that layer does nothing.
+    delta = F.softplus(F.linear(delta, mixer.dt_proj.weight.float(), mixer.dt_proj.bias.float()))
     return ScanInputs(
         delta=delta[:, :, None],
         A=decay_rates(mixer),
         x=x[:, :, None],
         B=B[:, :, None],
         C=C[:, :, None],
-        gate=F.silu(z)[:, :, None],
-        gain=mixer.out_proj.weight.float().norm(dim=0)[None],
+        gate=gate[:, :, None],
+        gain=effective_weight(mixer.out_proj).norm(dim=0)[None],
         mask=mask,
         D=mixer.D.float()[None],
+        normalization=normalization,
     )
 
 
@@ -87,13 +110,14 @@ def token_mask(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None)
     return (attention_mask != 0).to(hidden_states.device, torch.float32)
 
 
-def linear(layer: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
+def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A linear layer in float32, with what adapters add to it."""
+    return F.linear(x, effective_weight(layer), effective_bias(layer))
 
 
-def causal_conv(conv: nn.Conv1d, x: torch.Tensor) -> torch.Tensor:
+def causal_conv(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The depthwise causal convolution over (batch, length, channels)."""
-    bias = None if conv.bias is None else conv.bias.float()
-    padding = conv.kernel_size[0] - 1
-    mixed = F.conv1d(x.transpose(1, 2), conv.weight.float(), bias, padding=padding, groups=conv.groups)
+    weight = effective_weight(conv)
+    channels, _, width = weight.shape
+    mixed = F.conv1d(x.transpose(1, 2), weight, effective_bias(conv), padding=width - 1, groups=channels)
     return mixed[..., : x.shape[1]].transpose(1, 2)

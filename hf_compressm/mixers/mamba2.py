@@ -15,26 +15,23 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .adapters import copies_of, effective_weight
 from .mamba1 import causal_conv, linear, token_mask
 from .scan import ScanInputs, StateAxis
 
 NAME = "Mamba-2"
+CAN_REFIT = False
 
 
 def state_axes(mixer: nn.Module) -> list[StateAxis]:
     """The parameters that hold the state, and where in them."""
-    inner, blocks = mixer.intermediate_size, 2 * mixer.n_groups
+    inner, roles = mixer.intermediate_size, ("B",) * mixer.n_groups + ("C",) * mixer.n_groups
     axes = []
     for module, before, after in ((mixer.in_proj, 2 * inner, mixer.num_heads), (mixer.conv1d, inner, 0)):
         for parameter in ("weight", "bias"):
             if getattr(module, parameter) is not None:
-                axes.append(StateAxis(module, parameter, dim=0, blocks=blocks, before=before, after=after))
+                axes.append(StateAxis(module, parameter, dim=0, roles=roles, before=before, after=after))
     return axes
-
-
-def readout_axis(mixer: nn.Module) -> None:
-    """There is none: what reads the state out is not linear in the parameters."""
-    return None
 
 
 def groups(mixer: nn.Module) -> int:
@@ -51,14 +48,16 @@ def set_state_size(mixer: nn.Module, state_size: int) -> None:
         mixer.mup_vector = mixer.mup_vector[..., axis.index(kept, size).to(mixer.mup_vector.device)]
         mixer.groups_time_state_size = mixer.n_groups * state_size
     mixer.ssm_state_size = state_size
-    mixer.conv_dim = mixer.conv1d.weight.shape[0]
-    mixer.conv1d.in_channels = mixer.conv1d.out_channels = mixer.conv1d.groups = mixer.conv_dim
-    mixer.in_proj.out_features = mixer.in_proj.weight.shape[0]
+    mixer.conv_dim = mixer.intermediate_size + 2 * mixer.n_groups * state_size
+    for conv in copies_of(mixer.conv1d):
+        conv.in_channels = conv.out_channels = conv.groups = mixer.conv_dim
+    for in_proj in copies_of(mixer.in_proj):
+        in_proj.out_features = mixer.intermediate_size + mixer.conv_dim + mixer.num_heads
 
 
 def decay_rates(mixer: nn.Module) -> torch.Tensor:
     """The negative rates A, shape (groups, channels, 1), float32: one number per head, for all of its channels."""
-    return _per_channel(mixer, -mixer.A_log.detach().float().exp())[..., None]
+    return _per_channel(mixer, -effective_weight(mixer, "A_log").detach().exp())[..., None]
 
 
 def feature_size(mixer: nn.Module) -> int:
@@ -69,7 +68,7 @@ def feature_size(mixer: nn.Module) -> int:
 def feature_rows(mixer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
     """The in_proj rows of B and of C, each of shape (groups, N, hidden), float32."""
     start, size = 2 * mixer.intermediate_size, feature_size(mixer)
-    rows = mixer.in_proj.weight.detach().float()[start : start + 2 * mixer.n_groups * size]
+    rows = effective_weight(mixer.in_proj).detach()[start : start + 2 * mixer.n_groups * size]
     B, C = rows.view(2, mixer.n_groups, size, -1)
     return B, C
 
@@ -93,7 +92,7 @@ def scan_inputs(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: t
     mixed = mixer.act(causal_conv(mixer.conv1d, mixed)) * mask[..., None]
     x, B, C = mixed.split([inner, n_groups * size, n_groups * size], dim=-1)
     delta = F.softplus(delta + mixer.dt_bias.float()).clamp(*mixer.time_step_limit)
-    norm, gain = mixer.norm, mixer.out_proj.weight.float().norm(dim=0)
+    norm, gain = mixer.norm, effective_weight(mixer.out_proj).norm(dim=0)
     if isinstance(norm, nn.Identity):
         epsilon = norm_size = None
     else:

@@ -20,16 +20,15 @@ from .scan import ScanInputs, StateAxis
 __all__ = ["decay_rates", "groups"]
 
 NAME = "projected Mamba-2"
+CAN_REFIT = False
 
 
 def state_axes(mixer: nn.Module) -> list[StateAxis]:
     """The parameters that hold the state, and where in them."""
-    return [StateAxis(mixer, name, dim=1, blocks=mixer.n_groups) for name in PROJECTIONS]
-
-
-def readout_axis(mixer: nn.Module) -> None:
-    """There is none: new rows of C are new columns of `C_projection`, which a change of basis brings anyway."""
-    return None
+    return [
+        StateAxis(mixer, name, dim=1, roles=(role,) * mixer.n_groups)
+        for name, role in zip(PROJECTIONS, ("B", "C"), strict=True)
+    ]
 
 
 def set_state_size(mixer: nn.Module, state_size: int) -> None:

@@ -19,6 +19,7 @@ from ..modeling_compressm import (
     stock_class,
     unproject_mixer,
 )
+from .adapters import copies_of
 from .architectures import Mixer, find_mixers, layers_by_config
 from .scan import StateAxis
 
@@ -74,20 +75,22 @@ def project_in_place(mixer: Mixer, state_size: int, model: nn.Module) -> Paramet
     module = mixer.module
     project_mixer(module, state_size)
     for name in PROJECTIONS:
-        getattr(module, name).zero_().requires_grad_(module.in_proj.weight.requires_grad)
+        # PEFT saves nothing of the base: what is added to a frozen one is frozen, too.
+        trains = copies_of(module.in_proj)[0].weight.requires_grad
+        getattr(module, name).zero_().requires_grad_(trains)
         fsdp2.shard_added_parameter(model, module, name)
     return [(None, getattr(module, name)) for name in PROJECTIONS]
 
 
 def _resize_axes(mixer: Mixer, state_size: int, model: nn.Module) -> ParameterPairs:
     before, pairs = mixer.state_size, []
-    for axis in mixer.layout.state_axes(mixer.module):
+    for axis in mixer.state_axes:
         old = axis.tensor
         new = nn.Parameter(fsdp2.shard_like(old, _zeros(axis, state_size)), requires_grad=old.requires_grad)
         new.__dict__.update(old.__dict__)
         fsdp2.put_parameter(model, axis.module, axis.parameter, new)
         pairs.append((old, new))
-    mixer.layout.set_state_size(mixer.module, state_size)
+    mixer.set_state_size(state_size)
     logger.info(f"{mixer.name}: state_size {before} -> {state_size}")
     return pairs
 

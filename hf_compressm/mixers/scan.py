@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,18 +14,30 @@ CHUNK_ELEMENTS = 2**22
 
 @dataclass(frozen=True)
 class StateAxis:
-    """One dimension of one parameter whose length depends on the state size N.
+    """One dimension of one parameter that a change of the state size N changes.
 
-    Along `dim` lie `before` rows that have nothing to do with the state, `blocks` runs of N rows (for example B, then
-    C; with groups: B of each group, then C of each group), and `after` further rows.
+    Along `dim` lie `before` rows that have nothing to do with the state, one run of N rows for each of `roles`, and
+    `after` further rows.
+
+    Attributes:
+        roles: what the runs of rows hold: `A`, `B` or `C`; with groups, B of each group and then C of each group. Rows
+            of `C` read the state out. What a plan multiplies with a number has a name of its own.
+        group_dim: the dimension that counts the groups, where each group has a parameter of its own in one tensor.
+        whole: the role of all entries of a parameter without any state, which a cut only multiplies with a number.
     """
 
     module: nn.Module
     parameter: str
     dim: int
-    blocks: int
+    roles: tuple[str, ...]
     before: int = 0
     after: int = 0
+    group_dim: int | None = None
+    whole: str | None = None
+
+    @property
+    def blocks(self) -> int:
+        return len(self.roles)
 
     @property
     def tensor(self) -> nn.Parameter | None:
@@ -36,6 +48,8 @@ class StateAxis:
 
     def state_size_of(self, length: int) -> int | None:
         """The state size at which this dimension has the given length, or None where there is none."""
+        if not self.roles:
+            return None
         states, rest = divmod(length - self.before - self.after, self.blocks)
         return states if rest == 0 and states >= 1 else None
 
@@ -44,18 +58,80 @@ class StateAxis:
         return slice(start, start + state_size)
 
     def index(self, kept: torch.Tensor, state_size: int) -> torch.Tensor:
-        """Rows that stay along `dim`, in order.
+        """Rows that stay along `dim`, in order; with a `group_dim` a row of them for each group.
 
         Args:
             kept: indices of the states that stay, shape (groups, r); block j belongs to group j modulo groups.
             state_size: the present N.
         """
+        if self.group_dim is not None and len(kept) > 1:
+            return torch.cat([self.index(group[None], state_size) for group in kept])
         groups = kept.shape[0]
         rows = [torch.arange(self.before)]
         rows += [self.before + number * state_size + kept[number % groups] for number in range(self.blocks)]
         first_after = self.before + self.blocks * state_size
         rows.append(torch.arange(first_after, first_after + self.after))
-        return torch.cat(rows)
+        index = torch.cat(rows)
+        return index if self.group_dim is None else index[None]
+
+    def take(self, values: torch.Tensor, kept: torch.Tensor, state_size: int) -> torch.Tensor:
+        """What stays of a tensor of the parameter's shape; arguments as in `index`."""
+        return take(values, self.dim, self.index(kept, state_size))
+
+    def read_out(
+        self, values: torch.Tensor, readout: torch.Tensor, kept: torch.Tensor, number: int, state_size: int
+    ) -> torch.Tensor:
+        """The new entries of run `number`, rows of C: M times the old ones, in float64.
+
+        Args:
+            values: of the parameter's shape.
+            readout: M, shape (groups, r, N).
+            kept, state_size: as in `index`.
+        """
+        rows = values.narrow(self.dim, self.block(number, state_size).start, state_size).double()
+        readout = readout.to(rows)
+        return (readout[number % len(readout)] if self.group_dim is None else readout) @ rows
+
+    def factors(self, scales: Mapping[str, float], state_size: int) -> torch.Tensor | None:
+        """What the entries along `dim` are multiplied with; None if nothing is.
+
+        Args:
+            scales: role → number.
+            state_size: N of the parameter.
+        """
+        if not any(role in scales for role in (*self.roles, self.whole)):
+            return None
+        factors = torch.full((self.length(state_size),), scales.get(self.whole, 1.0), dtype=torch.float64)
+        for number, role in enumerate(self.roles):
+            factors[self.block(number, state_size)] = scales.get(role, 1.0)
+        return factors
+
+
+def take(values: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """`index_select`; an index of two dimensions has a row for each entry of the values' first dimension."""
+    index = index.to(values.device)
+    if index.dim() == 1:
+        return values.index_select(dim, index)
+    # From the end, since each part has one dimension less in front.
+    dim = dim % values.dim() - values.dim()
+    return torch.stack([part.index_select(dim, rows) for part, rows in zip(values, index, strict=True)])
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """The RMS norms that some mixers put on B and C: B_t = g_B b_t / √(mean_n b_t[n]² + ε), with b_t = W_B u_t.
+
+    Attributes:
+        B_weight, C_weight: g_B and g_C, shape (N,); of norms without weights, ones.
+        epsilon: ε.
+        b, c: what the norms take, shape (batch, length, groups, N).
+    """
+
+    B_weight: torch.Tensor
+    C_weight: torch.Tensor
+    epsilon: float
+    b: torch.Tensor
+    c: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -77,6 +153,7 @@ class ScanInputs:
         norm_epsilon: of the gated RMS norm behind the scan (Mamba-2); None where there is none.
         norm_size: how many neighbouring channels the norm divides by one root mean square.
         norm_before_gate: whether the norm takes its mean square before the gate is multiplied in.
+        normalization: the norms on B and C, where there are any.
     """
 
     delta: torch.Tensor
@@ -91,6 +168,7 @@ class ScanInputs:
     norm_epsilon: float | None = None
     norm_size: int | None = None
     norm_before_gate: bool = False
+    normalization: Normalization | None = None
 
     def weight(self, y: torch.Tensor, start: int) -> torch.Tensor:
         """How much a squared error of y_t[g,d] counts in what the layer passes on: silu(z)² ‖W_out[:,d]‖².

@@ -302,7 +302,9 @@ def _copy(item: Path, target: Path, work: Work) -> None:
 def _compression_report(work: Work, plan: CompressionPlan, step: int | None) -> CompressionReport:
     skeleton = work.skeleton
     return CompressionReport(
-        layers=[layer_report(name, layer) for name, layer in plan.layers.items()],
+        layers=[
+            layer_report(name, layer, skeleton.roundings[name].relative_error) for name, layer in plan.layers.items()
+        ],
         tokens=plan.tokens,
         parameters_before=sum(parameter.numel() for parameter in skeleton.before.values()),
         parameters_after=sum(parameter.numel() for parameter in skeleton.after.values()),

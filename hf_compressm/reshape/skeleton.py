@@ -26,7 +26,7 @@ from ..optimizer import (
     unwrap_optimizer,
 )
 from ..plan import CompressionPlan, LayerPlan
-from ..surgery import projected_further, smaller_values, validate
+from ..surgery import Rounding, projected_further, smaller_values, validate
 
 
 class SavedOptimizer:
@@ -75,13 +75,14 @@ class Skeleton:
         _cut(self.model_after, plan)
         self.after = dict(self.model_after.named_parameters())
         self._places = {name: number for number, name in enumerate(self.model_after.state_dict())}
+        self.roundings = {name: Rounding() for name in plan.layers}
         self.changes: dict[str, Change] = {}
         self.added: dict[str, str] = {}
         names = {id(parameter): name for name, parameter in self.before.items()}
         for layer_name, layer in plan.changes.items():
             mixer = mixers[layer_name]
             if layer.realization == "stock":
-                for axis in mixer.layout.state_axes(mixer.module):
+                for axis in mixer.axes:
                     self.changes[names[id(axis.tensor)]] = Change(mixer, layer, axis=axis)
                 continue
             for matrix in PROJECTIONS:
@@ -120,11 +121,13 @@ class Skeleton:
             old: its old values; of an added parameter any tensor that has the dtype of its in_proj.
         """
         change = self.changes[name]
+        rounding = self.roundings[change.mixer.name]
         if change.axis is not None:
-            return smaller_values(change.mixer, change.axis, change.layer, old)
-        matrix = getattr(change.layer, change.matrix)
+            return smaller_values(change.axis, change.layer, old, rounding)
+        matrix = getattr(change.layer, change.matrix).double()
         if name not in self.added:
             matrix = projected_further(old, matrix, change.mixer.groups)
+        rounding.add(matrix, matrix.to(old.dtype))
         return matrix.to(old.dtype)
 
     def state(self, name: str, state: dict[str, Any]) -> dict[str, Any] | None:
@@ -137,8 +140,10 @@ class Skeleton:
         if change.axis is None:
             return None
         old = self.before[name]
-        index = change.axis.index(change.layer.kept, change.layer.state_size_before)
-        return sliced_state(SavedOptimizer(old, state), old, name, change.axis.dim, index)
+        axis, layer = change.axis, change.layer
+        index = axis.index(layer.kept, layer.state_size_before)
+        factors = axis.factors(layer.scales, layer.state_size_after)
+        return sliced_state(SavedOptimizer(old, state), old, name, axis.dim, index, factors)
 
     def fresh_state(self, name: str, state: dict[str, Any]) -> dict[str, Any]:
         """The state that an added parameter has before its first step, with the entries that another one has.

@@ -57,9 +57,9 @@ def plan_for(model: nn.Module, silent: bool) -> CompressionPlan:
     """Keeps half of the states; where the others are not silent and the mixer allows it, the readout is refitted."""
     plan = selection_plan(model, KEPT)
     for name, mixer in find_mixers(model).items():
-        if not silent and mixer.layout.readout_axis(mixer.module) is not None:
+        if not silent and mixer.layout.CAN_REFIT:
             generator = torch.Generator().manual_seed(1)
-            readout = torch.randn(len(KEPT), 8, generator=generator, dtype=torch.float64) / 3
+            readout = torch.randn(1, len(KEPT), 8, generator=generator, dtype=torch.float64) / 3
             plan.layers[name] = dataclasses.replace(plan.layers[name], readout=readout)
     return plan
 
@@ -209,22 +209,22 @@ def refitted_master_weights() -> dict[str, Any]:
     """With 16-bit weights, the refit is made of the master weights, and the module's are its roundings."""
     loop = Loop(2, **BF16).train(last=CUT_AFTER)
     ((name, mixer), *_) = find_mixers(loop.model).items()
-    axis, block = mixer.layout.readout_axis(mixer.module)
-    rows = full_state(loop.engine, axis.tensor)[MASTER][axis.block(block, 8)].double()
+    readout = next(axis for axis in mixer.axes if "C" in axis.roles)
+    rows = full_state(loop.engine, readout.tensor)[MASTER][readout.block(1, 8)].double()
     plan = plan_for(loop.model, silent=False)
     loop.engine.optimizer.overflow, loop.engine.optimizer.clip_grad = True, 0.25
     names = ("overflow", "clip_grad", "loss_scaler", "_global_grad_norm")
     told = [getattr(loop.engine.optimizer, key) for key in names]
     loop.cut()
     carried = told == [getattr(loop.engine.optimizer, key) for key in names]
-    master = full_state(loop.engine, mixer.layout.readout_axis(mixer.module)[0].tensor)[MASTER]
-    expected = (plan.layers[name].readout @ rows).float()
+    master = full_state(loop.engine, readout.tensor)[MASTER]
+    expected = (plan.layers[name].readout[0] @ rows).float()
     rounded = all(
         torch.equal(full_state(loop.engine, item)[MASTER].to(item.dtype), item) for item in loop.model.parameters()
     )
     loop.engine.destroy()
     return {
-        "refitted": torch.equal(master[axis.block(block, 4)], expected),
+        "refitted": torch.equal(master[readout.block(1, 4)], expected),
         "rounded": rounded,
         "carried": carried,
     }

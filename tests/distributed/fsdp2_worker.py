@@ -43,10 +43,10 @@ def selected(model: nn.Module, kept: list[int]) -> CompressionPlan:
     """Mamba-1's C is refitted too."""
     plan = selection_plan(model, kept)
     for name, mixer in find_mixers(model).items():
-        if mixer.layout.readout_axis(mixer.module) is not None:
+        if mixer.layout.CAN_REFIT:
             identity = torch.eye(mixer.state_size)[kept]
             noise = torch.randn(identity.shape, generator=torch.Generator().manual_seed(1))
-            plan.layers[name] = dataclasses.replace(plan.layers[name], readout=identity + 0.1 * noise)
+            plan.layers[name] = dataclasses.replace(plan.layers[name], readout=(identity + 0.1 * noise)[None])
     return plan
 
 

@@ -47,7 +47,7 @@ def all_states(inputs: ScanInputs, **options) -> torch.Tensor:
 class TestStateAxis:
     def axis(self, rows: int = 19) -> StateAxis:
         """Two rows before, four blocks of N = 4 (B and C of two groups), one row after."""
-        return StateAxis(nn.Linear(3, rows), "weight", dim=0, blocks=4, before=2, after=1)
+        return StateAxis(nn.Linear(3, rows), "weight", dim=0, roles=("B", "B", "C", "C"), before=2, after=1)
 
     def test_finds_the_parameter_and_its_length(self):
         axis = self.axis()
