@@ -221,6 +221,7 @@ class CompressionPlan:
                     error_curve=layer["error_curve"],
                     hankel_values=layer["hankel_values"],
                     expected_errors=layer["expected_errors"],
+                    scales=layer.get("scales", {}),
                     **{matrix: tensors.get(f"{name}.{matrix}") for matrix in MATRICES},
                 )
                 for name, layer in content["layers"].items()

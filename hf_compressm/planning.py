@@ -245,6 +245,11 @@ def must_project(config: CompreSSMConfig) -> bool:
 def refuse_projection(mixers: list[Mixer]) -> None:
     """Raise a ValueError if there are any: these cannot be projected."""
     for mixer in mixers:
+        if not mixer.layout.CAN_REFIT:
+            raise ValueError(
+                f"layer {mixer.name}: {type(mixer.module).__name__} cannot be projected: there is no projected class "
+                "for mixers from outside Transformers. Use realization='stock', or the model's class in Transformers"
+            )
         raise ValueError(
             f"layer {mixer.name}: {type(mixer.module).__name__} cannot be projected. In {mixer.layout.NAME}, each "
             "channel's states decay at rates of their own, so a change of the state's basis does not commute with the "

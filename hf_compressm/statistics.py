@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .distributed.processes import ALONE, NonFiniteError, Processes
 from .distributed.wrappers import is_sharded, runner, unwrap, whole_module
-from .mixers import Mixer, find_mixers, stream_states
+from .mixers import Mixer, check_mixer, find_mixers, stream_states
 from .replay import evaluation_mode, replay
 
 # Elements of the per-token Gram matrices that are alive at once: 16 MiB in float32.
@@ -177,6 +177,9 @@ def measure(
     """
     bare, wrapper = unwrap(model)
     mixers, sharded = find_mixers(bare), is_sharded(bare, wrapper)
+    if not sharded:
+        for mixer in mixers.values():
+            check_mixer(mixer)
     inputs: dict[str, list[MixerInput]] = {name: [] for name in mixers}
     if sharded:
         batches = _in_step(list(batches), processes)

@@ -17,7 +17,7 @@ from .distributed import deepspeed, fsdp2
 from .distributed.ddp import rebuild_reducer
 from .distributed.processes import ALONE
 from .distributed.wrappers import processes_of, unwrap, why_not_in_process, zero_engine
-from .mixers import Mixer, StateAxis, find_mixers, layers_by_config
+from .mixers import Mixer, StateAxis, check_mixer, find_mixers, layers_by_config
 from .mixers.resize import project_in_place, update_configs
 from .modeling_compressm import PROJECTIONS, projected_class
 from .optimizer import (
@@ -106,6 +106,8 @@ def compress_(model: nn.Module, plan: CompressionPlan, optimizer: Optimizer | No
             optimizer = unwrap_optimizer(optimizer)
         mixers = find_mixers(bare)
         validate(plan, mixers)
+        for mixer in mixers.values():
+            check_mixer(mixer)
         _refuse_shared_parameters(bare, mixers, plan)
         own_hooks = set() if engine is None else deepspeed.hooks_of(engine)
         for name, layer in plan.changes.items():

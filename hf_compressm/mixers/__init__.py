@@ -1,7 +1,15 @@
 """Where the state lives: one module per parameter layout, and the table of architectures that use them."""
 
 from . import mamba1, mamba2
-from .architectures import ARCHITECTURES, Architecture, Mixer, find_mixers, layers_by_config, register_mixer
+from .architectures import (
+    ARCHITECTURES,
+    Architecture,
+    Mixer,
+    check_mixer,
+    find_mixers,
+    layers_by_config,
+    register_mixer,
+)
 from .scan import ScanInputs, StateAxis, stream_states, take
 
 __all__ = [
@@ -10,6 +18,7 @@ __all__ = [
     "Mixer",
     "ScanInputs",
     "StateAxis",
+    "check_mixer",
     "find_mixers",
     "layers_by_config",
     "mamba1",

@@ -131,7 +131,7 @@ def _refuse_unknown(layer: nn.Module, known: bool, variant: object = None) -> No
 
 
 def _adapters_of_a_parameter(axis: StateAxis, wrapper: nn.Module) -> list[StateAxis]:
-    """Where `target_parameters` adds s B A to a parameter: its columns, such as the states of A_log, are those of A."""
+    """Where `target_parameters` adds s B A to a parameter: its columns, the states of A_log, are those of A."""
     if wrapper.parameter_name != axis.parameter:
         return []
     if axis.tensor.dim() != 2 or axis.dim != 1:

@@ -94,7 +94,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "head_dim": "headdim",
             "time_step_limit": "dt_limit",
         },
-        note="As mamba_ssm's Mamba. Without d_mlp, D_has_hdim and process groups.",
+        note="As mamba_ssm's Mamba. Without d_mlp and process groups.",
     ),
 }
 
@@ -290,6 +290,30 @@ class Mixer:
     @property
     def groups(self) -> int:
         return self.layout.groups(self.parts)
+
+
+def check_mixer(mixer: Mixer) -> None:
+    """Check that a mixer has the parameters of its layout, whole and in memory.
+
+    Raises:
+        ValueError: a parameter is missing, or has not the shape that the state size gives it.
+        RuntimeError: a parameter is on the meta device.
+    """
+    for axis in mixer.axes:
+        label, tensor = f"layer {mixer.name}: {axis.parameter} of {type(axis.module).__name__}", axis.tensor
+        if tensor is None:
+            raise ValueError(f"{label} is missing, which {mixer.layout.NAME} mixers have")
+        if tensor.is_meta:
+            raise RuntimeError(
+                f"{label} is on the meta device: not loaded, or offloaded by a device_map. Load the model whole, on "
+                "one device (a CPU will do), to cut it"
+            )
+        size, expected = tensor.shape[axis.dim], axis.length(mixer.state_size)
+        if size != expected:
+            raise ValueError(
+                f"{label} has size {size} in dimension {axis.dim}, but state_size {mixer.state_size} makes it "
+                f"{expected}; has only a part of this mixer been resized, or is its layout another one?"
+            )
 
 
 def find_mixers(model: nn.Module) -> dict[str, Mixer]:

@@ -104,6 +104,11 @@ def with_delta(
     )
 
 
+def epsilon_of(norm: nn.Module) -> float:
+    """The ε of an RMS norm, which goes by two names."""
+    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
+
+
 def token_mask(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
     if attention_mask is None:
         return torch.ones(hidden_states.shape[:2], device=hidden_states.device)

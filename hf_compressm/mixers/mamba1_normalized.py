@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from . import mamba1
-from .mamba1 import decay_rates, groups, token_mask
+from .mamba1 import decay_rates, epsilon_of, groups, token_mask
 from .scan import Normalization, ScanInputs, StateAxis
 
 __all__ = ["decay_rates", "groups"]
@@ -79,18 +79,14 @@ def scan_inputs(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: t
     mask = token_mask(hidden_states, attention_mask)
     x, gate = mamba1.convolved(mixer, hidden_states, mask)
     delta, b, c = mamba1.features(mixer, x)
-    epsilon = _epsilon(mixer.b_layernorm)
+    epsilon = epsilon_of(mixer.b_layernorm)
     B_weight, C_weight = (norm.weight.float() for norm in (mixer.b_layernorm, mixer.c_layernorm))
     delta_weight = mixer.dt_layernorm.weight.float() if has_weights(mixer) else 1.0
-    delta = delta_weight * delta / root_mean_square(delta, _epsilon(mixer.dt_layernorm))
+    delta = delta_weight * delta / root_mean_square(delta, epsilon_of(mixer.dt_layernorm))
     B = B_weight * b / root_mean_square(b, epsilon)
     C = C_weight * c / root_mean_square(c, epsilon)
     normalization = Normalization(B_weight, C_weight, epsilon, b[:, :, None], c[:, :, None])
     return mamba1.with_delta(mixer, delta, x, gate, B, C, mask, normalization)
-
-
-def _epsilon(norm: nn.Module) -> float:
-    return norm.variance_epsilon if hasattr(norm, "variance_epsilon") else norm.eps
 
 
 def root_mean_square(features: torch.Tensor, epsilon: float) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .adapters import copies_of, effective_weight
-from .mamba1 import causal_conv, linear, token_mask
+from .mamba1 import causal_conv, epsilon_of, linear, token_mask
 from .scan import ScanInputs, StateAxis
 
 NAME = "Mamba-2"
@@ -48,11 +48,13 @@ def set_state_size(mixer: nn.Module, state_size: int) -> None:
         mixer.mup_vector = mixer.mup_vector[..., axis.index(kept, size).to(mixer.mup_vector.device)]
         mixer.groups_time_state_size = mixer.n_groups * state_size
     mixer.ssm_state_size = state_size
-    mixer.conv_dim = mixer.intermediate_size + 2 * mixer.n_groups * state_size
+    channels = mixer.intermediate_size + 2 * mixer.n_groups * state_size
+    if hasattr(mixer, "conv_dim"):
+        mixer.conv_dim = channels
     for conv in copies_of(mixer.conv1d):
-        conv.in_channels = conv.out_channels = conv.groups = mixer.conv_dim
+        conv.in_channels = conv.out_channels = conv.groups = channels
     for in_proj in copies_of(mixer.in_proj):
-        in_proj.out_features = mixer.intermediate_size + mixer.conv_dim + mixer.num_heads
+        in_proj.out_features = mixer.intermediate_size + channels + mixer.num_heads
 
 
 def decay_rates(mixer: nn.Module) -> torch.Tensor:
@@ -88,15 +90,15 @@ def scan_inputs(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: t
     projected = linear(mixer.in_proj, hidden_states.float() * mask[..., None] * scale)
     if hasattr(mixer, "mup_vector"):
         projected = projected * mixer.mup_vector.float()
-    z, mixed, delta = projected.split([inner, mixer.conv_dim, mixer.num_heads], dim=-1)
+    z, mixed, delta = projected.split([inner, inner + 2 * n_groups * size, mixer.num_heads], dim=-1)
     mixed = mixer.act(causal_conv(mixer.conv1d, mixed)) * mask[..., None]
     x, B, C = mixed.split([inner, n_groups * size, n_groups * size], dim=-1)
     delta = F.softplus(delta + mixer.dt_bias.float()).clamp(*mixer.time_step_limit)
-    norm, gain = mixer.norm, effective_weight(mixer.out_proj).norm(dim=0)
-    if isinstance(norm, nn.Identity):
+    norm, gain = getattr(mixer, "norm", None), effective_weight(mixer.out_proj).norm(dim=0)
+    if norm is None or isinstance(norm, nn.Identity):
         epsilon = norm_size = None
     else:
-        gain, epsilon = gain * norm.weight.float(), norm.variance_epsilon
+        gain, epsilon = gain * norm.weight.float(), epsilon_of(norm)
         # Before Transformers 5.18 or so, Mamba-2's norm took all channels together.
         norm_size = getattr(norm, "group_size", inner // getattr(norm, "n_groups", 1))
     return ScanInputs(
@@ -108,7 +110,7 @@ def scan_inputs(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: t
         gate=F.silu(z).reshape(batch, length, n_groups, -1),
         gain=gain.view(n_groups, -1),
         mask=mask,
-        D=_per_channel(mixer, mixer.D.float()),
+        D=mixer.D.float().view(n_groups, -1) if len(mixer.D) == inner else _per_channel(mixer, mixer.D.float()),
         norm_epsilon=epsilon,
         norm_size=norm_size,
         norm_before_gate=getattr(norm, "norm_before_gate", False),

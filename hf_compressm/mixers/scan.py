@@ -41,7 +41,7 @@ class StateAxis:
 
     @property
     def tensor(self) -> nn.Parameter | None:
-        return getattr(self.module, self.parameter)
+        return getattr(self.module, self.parameter, None)
 
     def length(self, state_size: int) -> int:
         return self.before + self.blocks * state_size + self.after
