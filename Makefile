@@ -9,12 +9,12 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 MALLOC := MALLOC_MMAP_THRESHOLD_=34359738368 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=67108864
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed fault-table lint format bench bench-quality clean
+.PHONY: help demo test test-distributed fault-table readme-tables lint format bench bench-quality clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
-demo: $(VENV)/.ready  ## train a Mamba on digits, shrink its state from 128 to 12 on the way, write runs/demo/ (minutes)
+demo: $(VENV)/.recipes  ## train a Mamba on digits, shrink its state from 128 to 12 on the way, write runs/demo/ (minutes)
 	$(MALLOC) $(RUN) recipes/digits.py
 
 test: $(VENV)/.ready  ## run all tests
@@ -26,6 +26,9 @@ test-distributed: $(VENV)/.ready  ## run the tests that start several processes,
 fault-table: $(VENV)/.ready  ## break a cut at every stage, resume it, and print what became of it (minutes)
 	@PYTHONPATH=tests:tests/distributed:recipes OMP_NUM_THREADS=1 $(RUN) tests/distributed/faults.py 2>/dev/null
 
+readme-tables: $(VENV)/.ready  ## write the README's table of architectures anew
+	@PYTHONPATH=tests $(RUN) tests/readme_tables.py
+
 lint: $(VENV)/.ready  ## check style
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -34,10 +37,10 @@ format: $(VENV)/.ready  ## put the code into style
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: $(VENV)/.ready  ## measure step times, the cost of a cut and its memory; writes recipes/bench/results/
+bench: $(VENV)/.recipes  ## measure step times, the cost of a cut and its memory; writes recipes/bench/results/
 	$(MALLOC) $(RUN) recipes/bench/speed.py
 
-bench-quality: $(VENV)/.ready  ## compare every way of cutting on trained models; writes recipes/bench/results/ (40 minutes)
+bench-quality: $(VENV)/.recipes  ## compare every way of cutting on trained models; writes recipes/bench/results/ (40 minutes)
 	OMP_NUM_THREADS=1 $(MALLOC) $(RUN) recipes/bench/quality.py
 
 clean:  ## remove what the other targets made
@@ -46,12 +49,17 @@ clean:  ## remove what the other targets made
 
 # A Linux machine without an NVIDIA driver gets torch's CPU build from its own index, where that can be reached: the
 # default index would add gigabytes of CUDA.
-$(VENV)/.ready: pyproject.toml constraints.txt
+$(VENV)/.recipes: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed, not " + sys.version if sys.version_info < (3, 10) else 0)'
 	@echo "setting up $(VENV) (about a minute and 2 GB) ..."
 	@$(PYTHON) -m venv $(VENV)
 	@if [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/dev/null && \
 	    $(RUN) -c "import urllib.request as r; r.urlopen('$(TORCH_CPU_INDEX)/torch/', timeout=5)" 2>/dev/null; then \
 	    $(RUN) -m pip install --quiet --index-url $(TORCH_CPU_INDEX) --constraint constraints.txt torch; fi
+	@$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[recipes]'
+	@touch $@
+
+$(VENV)/.ready: $(VENV)/.recipes
+	@echo "adding what the tests need ..."
 	@$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@

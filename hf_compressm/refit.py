@@ -9,7 +9,8 @@ G_t = Σ_d w h_S h_Sᵀ (r×r) and p_t = Σ_d w e h_S, with e the error at M₀:
 Groups (the heads of Zamba) have a readout each.
 
 Where B and C are normalized, h_S are the states as they are when the removed ones are missing from B's norm, and C'_t
-follows what M makes of C's norm: M is fitted with the present ratio of the norms, which is then found anew.
+follows what M makes of C's norm: M is fitted with the ratio of the norms that M₀ leads to. What is reported is the
+error with the ratio that M itself leads to.
 """
 
 from __future__ import annotations
@@ -28,7 +29,6 @@ from .statistics import StateStatistics
 MEAN_FIELD_RIDGE = 1e-4
 MINIMUM_TOKENS = 4096
 PRECONDITIONER_RIDGE = 1e-3
-NORM_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -137,20 +137,17 @@ def _fit_group(
     steps: int,
     penalty: float,
 ) -> _Fit:
-    best = _Fit(start, *system.best_gain(start), "mean field")
-    if steps == 0 or best.error <= 0:
-        return best
+    mean_field = _Fit(start, *system.best_gain(start), "mean field")
+    if steps == 0 or mean_field.error <= 0:
+        return mean_field
     H_SS = statistics.state_gram[group].double().cpu()[kept][:, kept]
     omega = statistics.readout_gram[group].double().cpu() / statistics.tokens.double().cpu()
-    # Behind a norm the fit changes what the norm divides by, which the next round takes as given.
-    for _ in range(1 if system.norm is None else NORM_ROUNDS):
-        features = system.features(best.matrix, best.gain)
-        matrix = start + _fit(system, features, start, H_SS, omega, steps, penalty).cpu()
-        gain, error = system.best_gain(matrix)
-        if not error < best.error:
-            break
-        best = _Fit(matrix, gain, error, "conjugate gradients")
-    return best
+    # Behind a norm the fit takes as given what the mean field makes the norm divide by. To find that anew and to fit
+    # again gained nothing on trained models.
+    features = system.features(start, mean_field.gain)
+    matrix = start + _fit(system, features, start, H_SS, omega, steps, penalty).cpu()
+    fitted = _Fit(matrix, *system.best_gain(matrix), "conjugate gradients")
+    return fitted if fitted.error < mean_field.error else mean_field
 
 
 def _result(mixer: Mixer, systems: list[_TokenSystem], fits: list[_Fit], kept: torch.Tensor) -> Readout:
