@@ -386,6 +386,7 @@ def _check_statistics(mixers: dict[str, Mixer], statistics: dict[str, StateStati
             )
 
 
+@torch.no_grad()
 def _check_parameters(mixer: Mixer) -> None:
     for axis in mixer.axes:
         if not torch.isfinite(axis.tensor).all():

@@ -44,12 +44,12 @@ class Architecture:
 # Class name of the mixer → its architecture; outside of Transformers, the name with its module. Subclasses of these
 # classes are found too.
 ARCHITECTURES: dict[str, Architecture] = {
-    "MambaMixer": Architecture("mamba", mamba1, note="The readout is refitted."),
+    "MambaMixer": Architecture("mamba", mamba1),
     "FalconMambaMixer": Architecture(
         "falcon_mamba",
         mamba1_normalized,
-        note="The readout is refitted. B and C are divided by their root mean square, which loses the removed states: "
-        "exact where those are zero, else the refit makes up for it; D and out_proj are scaled along.",
+        note="B and C are divided by their root mean square, which loses the removed states: exact where those are "
+        "zero, else the refit makes up for it; D and out_proj are scaled along.",
     ),
     "JambaMambaMixer": Architecture(
         "jamba",
@@ -62,7 +62,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         mamba1_heads,
         "mamba_d_state",
         "n_mamba_heads",
-        note="Each head keeps its own states, and has a readout of its own to be refitted.",
+        note="Each head keeps states of its own, and has a readout of its own to be refitted.",
     ),
     "Mamba2Mixer": Architecture("mamba2", mamba2, "state_size", "n_groups", True),
     "Zamba2MambaMixer": Architecture("zamba2", mamba2, "mamba_d_state", "mamba_ngroups", True),
@@ -73,7 +73,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "mamba_d_state",
         "mamba_n_groups",
         True,
-        note="`mup_vector`, which the config does not store, follows the new size.",
+        note="`mup_vector`, which is in no checkpoint, follows the new size.",
     ),
     "GraniteMoeHybridMambaLayer": Architecture("granitemoehybrid", mamba2, "mamba_d_state", "mamba_n_groups", True),
     "NemotronHMamba2Mixer": Architecture("nemotron_h", mamba2, "ssm_state_size", "n_groups", True),
@@ -299,14 +299,19 @@ def check_mixer(mixer: Mixer) -> None:
         ValueError: a parameter is missing, or has not the shape that the state size gives it.
         RuntimeError: a parameter is on the meta device.
     """
+    for part in getattr(mixer.layout, "PARTS", ()):
+        if getattr(mixer.parts, part, None) is None:
+            label = f"layer {mixer.name}: {part} of {type(mixer.module).__name__}"
+            raise ValueError(f"{label} is missing, which {mixer.layout.NAME} mixers have")
     for axis in mixer.axes:
         label, tensor = f"layer {mixer.name}: {axis.parameter} of {type(axis.module).__name__}", axis.tensor
         if tensor is None:
             raise ValueError(f"{label} is missing, which {mixer.layout.NAME} mixers have")
         if tensor.is_meta:
             raise RuntimeError(
-                f"{label} is on the meta device: not loaded, or offloaded by a device_map. Load the model whole, on "
-                "one device (a CPU will do), to cut it"
+                f"{label} is on the meta device: not loaded, or offloaded by a device_map. To cut the model, load it "
+                "whole, on one device (a CPU will do), or bring offloaded weights back with "
+                "accelerate.hooks.remove_hook_from_submodules(model)"
             )
         size, expected = tensor.shape[axis.dim], axis.length(mixer.state_size)
         if size != expected:

@@ -16,6 +16,8 @@ from .scan import Normalization, ScanInputs, StateAxis
 
 NAME = "Mamba-1"
 CAN_REFIT = True
+# What a mixer cannot be without.
+PARTS = ("A_log", "D", "in_proj", "conv1d", "x_proj", "dt_proj", "out_proj")
 
 
 def state_axes(mixer: nn.Module) -> list[StateAxis]:

@@ -17,6 +17,7 @@ from .scan import ScanInputs, StateAxis
 
 NAME = "Mamba-1, in heads"
 CAN_REFIT = True
+PARTS = ("A_log", "D", "in_proj", "conv1d", "x_proj_weight", "dt_proj_weight", "dt_proj_bias", "out_proj")
 
 
 def state_axes(mixer: nn.Module) -> list[StateAxis]:

@@ -24,10 +24,10 @@ import torch
 from torch import nn
 
 from . import mamba1
-from .mamba1 import decay_rates, epsilon_of, groups, token_mask
+from .mamba1 import PARTS, decay_rates, epsilon_of, groups, token_mask
 from .scan import Normalization, ScanInputs, StateAxis
 
-__all__ = ["decay_rates", "groups"]
+__all__ = ["PARTS", "decay_rates", "groups"]
 
 NAME = "Mamba-1, B and C normalized"
 CAN_REFIT = True

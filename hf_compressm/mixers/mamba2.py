@@ -21,6 +21,7 @@ from .scan import ScanInputs, StateAxis
 
 NAME = "Mamba-2"
 CAN_REFIT = False
+PARTS = ("A_log", "D", "dt_bias", "in_proj", "conv1d", "out_proj")
 
 
 def state_axes(mixer: nn.Module) -> list[StateAxis]:

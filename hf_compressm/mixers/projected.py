@@ -14,10 +14,10 @@ from torch import nn
 
 from ..modeling_compressm import PROJECTIONS, project
 from . import mamba2
-from .mamba2 import decay_rates, groups
+from .mamba2 import PARTS, decay_rates, groups
 from .scan import ScanInputs, StateAxis
 
-__all__ = ["decay_rates", "groups"]
+__all__ = ["PARTS", "decay_rates", "groups"]
 
 NAME = "projected Mamba-2"
 CAN_REFIT = False
