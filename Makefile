@@ -9,13 +9,19 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 MALLOC := MALLOC_MMAP_THRESHOLD_=34359738368 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=67108864
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-distributed fault-table readme-tables lint format bench bench-quality clean
+.PHONY: help demo demo-checkpoint demo-lora test test-distributed fault-table readme-tables lint format bench bench-quality clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 demo: $(VENV)/.recipes  ## train a Mamba on digits, shrink its state from 128 to 12 on the way, write runs/demo/ (minutes)
 	$(MALLOC) $(RUN) recipes/digits.py
+
+demo-checkpoint: $(VENV)/.recipes  ## train a tiny model, cut it when it is finished, heal it, write runs/compressed/ (minutes)
+	$(MALLOC) $(RUN) recipes/compress_checkpoint.py --overwrite_output_dir
+
+demo-lora: $(VENV)/.recipes  ## fine-tune a small model with LoRA, cut it half-way, put the adapter back (minutes)
+	$(MALLOC) $(RUN) recipes/lora.py
 
 test: $(VENV)/.ready  ## run all tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n auto --dist loadfile

@@ -33,12 +33,13 @@ def plot_error_curves(cut: Mapping[str, Any], path: str | Path) -> None:
             layer["state_size_after"], max(layer["relative_error"], floor), "x", color=colors(number), label=measured
         )
     before, after = layers[0]["state_size_before"], layers[0]["state_size_after"]
+    when = "" if cut["step"] is None else f" (step {cut['step']})"
     axes.axvline(after, color="gray", linestyle=":", label=f"kept: {after} of {before}")
     axes.set(
         yscale="log",
         xlabel="states kept, r",
         ylabel="expected relative output error ε(r)",
-        title=f"How many states each layer needs (step {cut['step']})",
+        title=f"How many states each layer needs{when}",
     )
     if len(layers) <= 12:
         axes.legend(fontsize="small")

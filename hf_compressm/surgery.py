@@ -246,7 +246,6 @@ def _check(name: str, mixer: Mixer, layer: LayerPlan, optimizer: Optimizer | Non
     projected = layer.realization == "projected"
     for axis in mixer.axes:
         old, label = axis.tensor, f"{name}: {axis.parameter} of {type(axis.module).__name__}"
-        _refuse_quantized(old, label)
         if projected and not mixer.is_projected:
             # Two parameters are added; all others stay.
             continue
@@ -370,7 +369,8 @@ def smaller_values(
     exact = scaled(exact, axis.dim, factors)
     rounded = exact.to(smaller.dtype)
     if rounding is not None:
-        rounding.add(exact, rounded)
+        new = exact != smaller.double()
+        rounding.add(exact[new], rounded[new])
     return rounded
 
 
@@ -379,14 +379,6 @@ def _like(old: nn.Parameter, values: torch.Tensor) -> nn.Parameter:
     new = nn.Parameter(fsdp2.shard_like(old, values), requires_grad=old.requires_grad)
     new.__dict__.update(old.__dict__)
     return new
-
-
-def _refuse_quantized(parameter: nn.Parameter, label: str) -> None:
-    if not fsdp2.is_made_of_plain_tensors(parameter.data) or not parameter.is_floating_point():
-        raise TypeError(
-            f"layer {label} is a {type(parameter.data).__name__} of {parameter.dtype}, not a plain floating-point "
-            "tensor; cut the model before it is quantized"
-        )
 
 
 def _refuse_hooks(parameter: nn.Parameter, label: str, own_hooks: set[int]) -> None:

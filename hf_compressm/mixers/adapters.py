@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from ..distributed.fsdp2 import full_tensor
+from ..distributed.fsdp2 import full_tensor, is_made_of_plain_tensors
 from ..distributed.wrappers import is_kind
 from .scan import StateAxis
 
@@ -34,6 +34,12 @@ logger = logging.get_logger(__name__)
 KNOWN_VARIANTS = ("DoraLinearVariant", "ALoraLinearVariant")
 # From this relative difference on, an adapter's readout is no longer what was fitted.
 NOTABLE_DIFFERENCE = 1e-3
+FLOATING_POINT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor's numbers are its values: not a quantization library's own, nor integers or 8-bit floats."""
+    return is_made_of_plain_tensors(tensor.data) and tensor.dtype in FLOATING_POINT
 
 
 def between(model: nn.Module) -> set[str]:
@@ -226,11 +232,13 @@ def readout_of_parameters(name: str, axes: list[StateAxis], readout: torch.Tenso
 def effective_weight(layer: nn.Module, name: str = "weight") -> torch.Tensor:
     """A parameter in float32, as the layer's forward uses it: with what active adapters add, DoRA's magnitudes, ...
 
-    Where a model reads a layer's parameter past the layer's forward, adapters do nothing: there, read `layer.weight`.
+    Of quantized weights it is what they stand for. Where a model reads a layer's parameter past the layer's forward,
+    adapters do nothing: there, read `layer.weight`.
     """
-    if name != "weight" or not is_kind(layer, "BaseTunerLayer"):
-        return getattr(layer, name).float()
-    return _linear_map(layer)[0]
+    values = getattr(layer, name)
+    if name == "weight" and (is_kind(layer, "BaseTunerLayer") or not is_plain(values)):
+        return _linear_map(layer)[0]
+    return values.float()
 
 
 def effective_bias(layer: nn.Module) -> torch.Tensor | None:
@@ -242,12 +250,18 @@ def effective_bias(layer: nn.Module) -> torch.Tensor | None:
 
 @torch.no_grad()
 def _linear_map(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight and bias of a linear layer with whatever adapters: what it makes of unit vectors, and of zero."""
-    layer = copy.deepcopy(layer).float().eval()
-    unit_vectors = torch.eye(layer.in_features, device=layer.weight.device)
+    """Weight and bias of a linear layer, with adapters or quantized: what it makes of unit vectors, and of zero."""
+    layer = copy.deepcopy(layer).eval()
+    dtype = torch.float32
+    if is_plain(layer.weight):
+        layer.float()
+    elif layer.weight.dtype in FLOATING_POINT:
+        # torchao's tensors show the type that their layer calculates in.
+        dtype = layer.weight.dtype
+    unit_vectors = torch.eye(layer.in_features, dtype=dtype, device=layer.weight.device)
     bias = layer(torch.zeros_like(unit_vectors[:1]))[0]
-    has_bias = layer.bias is not None or any(layer.lora_bias.values())
-    return (layer(unit_vectors) - bias).T, bias if has_bias else None
+    has_bias = layer.bias is not None or any(getattr(layer, "lora_bias", {}).values())
+    return (layer(unit_vectors) - bias).T.float(), bias.float() if has_bias else None
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..distributed.wrappers import is_kind
 from . import mamba1, mamba1_heads, mamba1_normalized, mamba2, projected
-from .adapters import adapted_parameters, between, parameter_wrappers, set_features, through_adapters
+from .adapters import adapted_parameters, between, is_plain, parameter_wrappers, set_features, through_adapters
 from .scan import ScanInputs, StateAxis
 
 
@@ -298,6 +298,7 @@ def check_mixer(mixer: Mixer) -> None:
     Raises:
         ValueError: a parameter is missing, or has not the shape that the state size gives it.
         RuntimeError: a parameter is on the meta device.
+        TypeError: a parameter is quantized: its rows cannot be taken apart.
     """
     for part in getattr(mixer.layout, "PARTS", ()):
         if getattr(mixer.parts, part, None) is None:
@@ -312,6 +313,11 @@ def check_mixer(mixer: Mixer) -> None:
                 f"{label} is on the meta device: not loaded, or offloaded by a device_map. To cut the model, load it "
                 "whole, on one device (a CPU will do), or bring offloaded weights back with "
                 "accelerate.hooks.remove_hook_from_submodules(model)"
+            )
+        if not is_plain(tensor):
+            raise TypeError(
+                f"{label} is a {type(tensor).__name__} of {tensor.dtype}, not a plain floating-point tensor; cut the "
+                "model before it is quantized"
             )
         size, expected = tensor.shape[axis.dim], axis.length(mixer.state_size)
         if size != expected:
