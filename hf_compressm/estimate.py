@@ -40,6 +40,7 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
 from .config import is_whole
 from .mixers import ARCHITECTURES, Mixer, StateAxis, find_mixers, mamba1, mamba2
+from .mixers.architectures import architecture_of
 from .mixers.resize import resize_mixer, update_configs
 from .mixers.scan import CHUNK_ELEMENTS
 from .modeling_compressm import PROJECTIONS
@@ -503,10 +504,15 @@ def _matrices(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, float]]:
             for name, parameter in module.named_parameters(recurse=False):
                 if name in PROJECTIONS:
                     yield "projections", module, name, 1.0
+                elif name in ("x_proj_weight", "dt_proj_weight"):
+                    # Zamba's heads.
+                    yield "linear", module, name, 1.0
+                elif architecture_of(module) is not None:
+                    continue
                 elif parameter.dim() == 3:
                     # Routed experts lie in one parameter, one after another.
                     yield "experts", module, name, used_experts / parameter.shape[0]
-                elif parameter.dim() == 2 and name != "A_log":
+                elif parameter.dim() == 2:
                     # A router.
                     yield "linear", module, name, 1.0
 
