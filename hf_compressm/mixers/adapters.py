@@ -26,7 +26,7 @@ from ..distributed.wrappers import is_kind
 from .scan import StateAxis
 
 if TYPE_CHECKING:
-    from .architectures import Mixer
+    from .mixer import Mixer
 
 logger = logging.get_logger(__name__)
 

@@ -20,7 +20,7 @@ from ..modeling_compressm import (
     unproject_mixer,
 )
 from .adapters import copies_of
-from .architectures import Mixer, find_mixers, layers_by_config
+from .mixer import Mixer, find_mixers, layers_by_config
 from .scan import StateAxis
 
 logger = logging.get_logger(__name__)

@@ -11,7 +11,8 @@ from transformers.models.mamba.modeling_mamba import MambaMixer
 
 from hf_compressm import CompreSSMConfig, compress, find_mixers
 from hf_compressm.mixers import ARCHITECTURES, Architecture, mamba1, register_mixer
-from hf_compressm.mixers.architectures import check_mixer, unregister_mixer
+from hf_compressm.mixers.architectures import unregister_mixer
+from hf_compressm.mixers.mixer import check_mixer
 
 NAMES = {"ssm_state_size": "states", "intermediate_size": "width", "time_step_rank": "rank"}
 
