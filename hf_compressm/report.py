@@ -7,6 +7,8 @@ from typing import Any
 
 # The table shows the layers with the largest errors.
 SHOWN_LAYERS = 8
+# Above what float32 does, below what 16-bit types do.
+NOTABLE_ROUNDING = 1e-5
 
 
 @dataclass
@@ -115,7 +117,14 @@ class CompressionReport:
             total += f"; loss {self.loss_before:.4f} → {self.loss_after:.4f}"
         if self.kl_divergence is not None:
             total += f", KL {self.kl_divergence:.2e}"
-        return "\n".join([*lines, *self._costs(), total])
+        return "\n".join([*lines, *self._costs(), *self._rounding(), total])
+
+    def _rounding(self) -> list[str]:
+        """What the model's dtype takes from the new numbers, where it is of few digits."""
+        largest = max(layer.rounding_error for layer in self.layers)
+        if largest < NOTABLE_ROUNDING:
+            return []
+        return [f"in the model's dtype, the new numbers are rounded by up to {largest:.1e} of their size"]
 
     def _costs(self) -> list[str]:
         """What the other realization would have cost, where there is a choice."""

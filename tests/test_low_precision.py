@@ -66,6 +66,8 @@ def test_the_refit_is_rounded_once(dtype):
         squared = (new.double() - exact).square().sum() / exact.square().sum()
         assert layer.rounding_error == pytest.approx(squared.sqrt().item(), rel=1e-6)
         assert 0.1 * UNIT_ROUNDOFF[dtype] < layer.rounding_error < UNIT_ROUNDOFF[dtype]
+    said = f"rounded by up to {max(layer.rounding_error for layer in report.layers):.1e} of their size"
+    assert (said in str(report)) == (dtype is not torch.float32)
 
 
 @pytest.mark.parametrize("dtype", UNIT_ROUNDOFF)

@@ -123,7 +123,7 @@ def make_plan(work: Workload) -> CompressionPlan:
             mixer_class=type(mixer.module).__name__,
             state_size_before=work.state_size,
             kept=kept,
-            readout=torch.randn(work.kept, work.state_size),
+            readout=torch.randn(1, work.kept, work.state_size),
             criterion="none",
             refit="random",
             relative_error=0.0,

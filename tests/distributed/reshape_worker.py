@@ -65,7 +65,7 @@ def make_plan(architecture: str, realization: str) -> CompressionPlan:
     if realization == "refitted":
         generator = torch.Generator().manual_seed(1)
         for layer in plan.layers.values():
-            object.__setattr__(layer, "readout", torch.randn(3, 8, generator=generator) / 3)
+            object.__setattr__(layer, "readout", torch.randn(1, 3, 8, generator=generator) / 3)
     return plan
 
 
