@@ -26,7 +26,7 @@ from .mixers.adapters import readout_of_parameters
 from .plan import CompressionPlan, LayerPlan
 from .projection import fit_projection, mean_field_error_curve, measured_error_curve, measured_hankel_values
 from .ranks import choose_state_sizes
-from .refit import fewest_tokens, refit_readout, select_readout
+from .refit import fewest_tokens, measured_selection_curve, refit_readout, select_readout
 from .statistics import StateStatistics
 
 logger = logging.get_logger(__name__)
@@ -111,7 +111,8 @@ def _refits(mixer: Mixer, config: CompreSSMConfig) -> bool:
 
 def _needs_inputs(mixer: Mixer, config: CompreSSMConfig) -> bool:
     """Whether more than the sums is looked at."""
-    return _refits(mixer, config) or (config.realization != "stock" and mixer.can_be_projected)
+    projects = config.realization != "stock" and mixer.can_be_projected
+    return _refits(mixer, config) or mixer.is_normalized or projects
 
 
 def _with_all_inputs(layer: StateStatistics, processes: Processes, owner: int) -> StateStatistics:
@@ -277,6 +278,9 @@ def _rank(mixer: Mixer, statistics: StateStatistics, config: CompreSSMConfig) ->
     else:
         squared = _selection_error(statistics.contribution_gram.double().cpu(), order)
     curve = torch.cat([torch.zeros(1, dtype=torch.float64), squared]).sqrt().flip(0)
+    if mixer.is_normalized and config.tolerance is not None:
+        # The sums do not know what the norms on B and C lose.
+        curve = measured_selection_curve(mixer, statistics, order, refit=refits)
     return _Ranking(name, order, curve)
 
 
@@ -329,7 +333,7 @@ def _plan_selection(
         result = refit_readout(mixer, statistics, kept, steps=config.refit_steps, penalty=config.refit_penalty)
         readout, method, error, scales = result.matrix, result.method, result.relative_error, result.scales
         readout = readout_of_parameters(mixer.name, mixer.axes, readout, kept)
-    elif hasattr(mixer.layout, "scales"):
+    elif mixer.is_normalized:
         result = select_readout(mixer, statistics, kept)
         error, scales = result.relative_error, result.scales
     return LayerPlan(

@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 from .least_squares import conjugate_gradients, with_ridge
@@ -29,6 +30,8 @@ from .statistics import StateStatistics
 MEAN_FIELD_RIDGE = 1e-4
 MINIMUM_TOKENS = 4096
 PRECONDITIONER_RIDGE = 1e-3
+# Of a measured error curve.
+MOST_SIZES = 16
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,38 @@ def select_readout(mixer: Mixer, statistics: StateStatistics, kept: torch.Tensor
     systems = _token_systems(mixer, statistics, kept, start)
     fits = [_Fit(matrix, *system.best_gain(matrix), "none") for system, matrix in zip(systems, start, strict=True)]
     return dataclasses.replace(_result(mixer, systems, fits, kept), matrix=None)
+
+
+def measured_selection_curve(
+    mixer: Mixer, statistics: StateStatistics, order: torch.Tensor, *, refit: bool
+) -> torch.Tensor:
+    """The relative error with r = 0 … N states, measured: of the mean field's readouts, or of a selection alone.
+
+    At most 16 sizes are tried; the error is interpolated between them, and does not fall with fewer states.
+
+    Args:
+        mixer: a mixer that normalizes B and C.
+        statistics: of this layer, with its recorded inputs.
+        order: states from the least to the most important, shape (groups, N).
+        refit: whether the readout is refitted.
+
+    Returns:
+        Shape (N + 1,), float64.
+    """
+    size = statistics.state_size
+    step = -(-size // MOST_SIZES)
+    tried = [*range(step, size, step), size]
+    errors = []
+    for kept in tried[:-1]:
+        states = order[:, size - kept :].sort(dim=-1).values
+        result = (
+            refit_readout(mixer, statistics, states, steps=0, penalty=0.0)
+            if refit
+            else select_readout(mixer, statistics, states)
+        )
+        errors.append(result.relative_error)
+    curve = np.interp(np.arange(size + 1), [0, *tried], [1.0, *errors, 0.0])
+    return torch.from_numpy(np.maximum.accumulate(curve[::-1])[::-1].copy())
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..distributed.wrappers import is_kind
-from . import projected
+from . import mamba1_normalized, projected
 from .adapters import adapted_parameters, between, is_plain, parameter_wrappers, set_features, through_adapters
 from .architectures import ARCHITECTURES, Architecture, architecture_of
 from .scan import ScanInputs, StateAxis
@@ -139,6 +139,11 @@ class Mixer:
     def can_be_projected(self) -> bool:
         """Whether a change of the state's basis commutes with its dynamics: A is one number per head."""
         return self.architecture.can_be_projected
+
+    @property
+    def is_normalized(self) -> bool:
+        """Whether B and C are divided by root mean squares over the states, so that a cut has to scale parameters."""
+        return self.architecture.layout is mamba1_normalized
 
     @property
     def bytes_per_state(self) -> int:

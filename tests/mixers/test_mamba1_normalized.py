@@ -216,3 +216,21 @@ def test_heads_of_zamba_keep_states_of_their_own():
     assert torch.equal(mixer.module.A_log[1], old[1][:, [5, 6, 7]])
     with torch.no_grad():
         torch.testing.assert_close(model(tokens()).logits, before, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("refit", [True, False])
+@pytest.mark.parametrize("name", NORMALIZED)
+def test_a_tolerance_holds_for_what_is_measured(name, refit):
+    """The sums do not know what the norms lose, so that the error is measured for each size."""
+    inputs = [tokens(64, 32)]
+    for tolerance in (0.3, 0.5):
+        model = build(name, **{"jamba": {"num_hidden_layers": 2}}.get(name, {"num_hidden_layers": 1}))
+        statistics = measure(model, inputs)
+        config = CompreSSMConfig(tolerance=tolerance, refit=refit, refit_steps=0)
+        ((layer, plan),) = plan_compression(model, statistics, config).layers.items()
+        kept, curve = plan.state_size_after, plan.error_curve
+        assert 1 < kept < 8 and curve[kept] <= tolerance < curve[kept - 1]
+        assert plan.relative_error == pytest.approx(curve[kept], rel=1e-5)
+        one_less = CompreSSMConfig(state_size=kept - 1, refit=refit, refit_steps=0)
+        fewer = plan_compression(model, statistics, one_less).layers[layer]
+        assert fewer.relative_error > tolerance
