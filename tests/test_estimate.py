@@ -29,9 +29,10 @@ from hf_compressm.estimate import (
 from hf_compressm.mixers import ARCHITECTURES
 from hf_compressm.planning import plan_compression
 from hf_compressm.projection import _token_sums
-from hf_compressm.refit import _token_systems, mean_field_readout
+from hf_compressm.refit import mean_field_readout
 from hf_compressm.replay import InputRecorder
 from hf_compressm.surgery import optimizer_bytes
+from hf_compressm.token_systems import token_systems
 
 FAMILY = MAMBA1_FAMILY | MAMBA2_FAMILY
 # Nemotron-H 8B's layers: 24 mixers, 4 attentions, 24 MLPs.
@@ -434,7 +435,7 @@ def test_memory_of_real_fits(name, projected):
     else:
         kept = torch.tensor([0, 2, 5])
         start = mean_field_readout(layer.state_gram[0], kept)
-        (system,) = _token_systems(mixer, layer, kept[None], start[None])
+        (system,) = token_systems(mixer, layer, kept[None], start[None])
     expected = sum(tensor.nbytes for tensor in vars(system).values() if tensor is not None)
     assert token_system_bytes(8, 3, mixer.groups, 32, projected) == expected
 

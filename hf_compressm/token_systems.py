@@ -1,0 +1,180 @@
+"""What a fit of the readout needs of each token: small sums over the channels, made in one pass over the states.
+
+Where B and C are normalized, the states that stay are streamed as they are when the removed ones are missing from B's
+norm, and readouts follow what they make of C's norm.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .mixers import Mixer, ScanInputs, stream_states
+from .mixers.mamba1_normalized import raw_readout, root_mean_square, row_scale
+from .statistics import StateStatistics
+
+
+@dataclass(frozen=True)
+class ReadoutNorm:
+    """The RMS norm on C of one mixer, and what the one on B does to the states that stay.
+
+    Attributes:
+        kept: S, shape (r,), on the CPU.
+        weight: g_C, shape (N,).
+        raw: c_t, what the norm takes, shape (tokens, N).
+        root: √(mean c_t² + ε), shape (tokens,).
+        epsilon: ε.
+        B_gain: κ_B.
+    """
+
+    kept: torch.Tensor
+    weight: torch.Tensor
+    raw: torch.Tensor
+    root: torch.Tensor
+    epsilon: float
+    B_gain: float
+
+    def ratio(self, matrix: torch.Tensor) -> torch.Tensor:
+        """s √(mean c² + ε) / √(mean c'² + ε) with c' = s M c, of which κ_C is the average's inverse; (tokens,)."""
+        raw_matrix = raw_readout(matrix.to(self.raw.device), self.kept.to(self.raw.device), self.weight)
+        scale = row_scale(*raw_matrix.shape)
+        smaller = root_mean_square(scale * (self.raw @ raw_matrix.to(self.raw).T), self.epsilon)[:, 0]
+        return scale * self.root / smaller
+
+
+@dataclass(frozen=True)
+class TokenSystem:
+    """What the fit needs of each token in one group.
+
+    Attributes:
+        gram: G = Σ_d w h_S h_Sᵀ, shape (tokens, r, r).
+        p: Σ_d w e h_S, shape (tokens, r), with e the error of the readouts `start`.
+        C: shape (tokens, N).
+        error, energy: Σ_d w e² and Σ_d w y², shape (tokens,).
+        start: M₀ C, shape (tokens, r).
+        norm: the norm on C, if there is one.
+    """
+
+    gram: torch.Tensor
+    p: torch.Tensor
+    C: torch.Tensor
+    error: torch.Tensor
+    energy: torch.Tensor
+    start: torch.Tensor
+    norm: ReadoutNorm | None = None
+
+    def times_gram(self, v: torch.Tensor) -> torch.Tensor:
+        return (self.gram @ v[..., None]).squeeze(-1)
+
+    def error_after(self, v: torch.Tensor) -> torch.Tensor:
+        """Σ w (y−ŷ)² with the readouts v, shape (tokens, r)."""
+        change = v - self.start
+        return (self.error + ((self.times_gram(change) - 2 * self.p) * change).sum(-1)).sum()
+
+    def features(self, matrix: torch.Tensor, gain: float) -> torch.Tensor:
+        """What M is multiplied with: C_t, behind a norm times what that would do to M C_t; shape (tokens, N)."""
+        return self.C if self.norm is None else self.C * (gain * self.norm.ratio(matrix))[:, None]
+
+    def best_gain(self, matrix: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """κ_C for which a readout's error is the least (1 where there is no norm), and that error."""
+        v = self.features(matrix, 1.0) @ matrix.to(self.C).T
+        if self.norm is None:
+            return 1.0, self.error_after(v)
+        output = (v * self.times_gram(v)).sum().double()
+        product = (v * (self.p + self.times_gram(self.start))).sum().double()
+        gain = float(product / output) if output > 0 and product > 0 else 1.0
+        return gain, self.error_after(gain * v)
+
+
+def token_systems(
+    mixer: Mixer, statistics: StateStatistics, kept: torch.Tensor, start: torch.Tensor
+) -> list[TokenSystem]:
+    """Run through a layer's recorded inputs once more, and sum up what a fit needs.
+
+    Args:
+        mixer: a mixer that can be refitted; it is only read.
+        statistics: of this layer, with its recorded inputs.
+        kept: the states that stay, shape (groups, r).
+        start: the readouts that errors are those of, M₀, shape (groups, r, N).
+
+    Returns:
+        One for each group.
+    """
+    device = statistics.state_gram.device
+    kept, start = kept.to(device), start.to(device, torch.float32)
+    B_gain = _average_B_gain(mixer, statistics, kept)
+    parts: list[list[list[torch.Tensor]]] = [[] for _ in kept]
+    norm = None
+    for inputs in _recomputed(mixer, statistics):
+        norm = inputs.normalization
+        extended = inputs if norm is None else _with_kept_states(inputs, kept[0], B_gain)
+        for first, states in stream_states(extended):
+            for group, part in enumerate(_parts(inputs, first, states, kept, start)):
+                parts[group].append([tensor.flatten(0, 1) for tensor in part])
+        # The last chunk of states would stay alive while the parts are joined.
+        del inputs, extended, states, part
+    systems = []
+    for columns in parts:
+        gram, p, C, error, energy, v, *raw = (torch.cat(column) for column in zip(*columns, strict=True))
+        own_norm = None
+        if norm is not None:
+            root = root_mean_square(raw[0], norm.epsilon)[:, 0]
+            own_norm = ReadoutNorm(kept[0].cpu(), norm.C_weight, raw[0], root, norm.epsilon, B_gain)
+        systems.append(TokenSystem(gram, p, C, error, energy, v, own_norm))
+    return systems
+
+
+def _parts(
+    inputs: ScanInputs, first: int, states: torch.Tensor, kept: torch.Tensor, start: torch.Tensor
+) -> Iterator[list[torch.Tensor]]:
+    """The fields of each group's system over one chunk of states, each of shape (steps, batch, ...)."""
+    time, size, norm = slice(first, first + states.shape[0]), inputs.C.shape[-1], inputs.normalization
+    C = inputs.C[:, time].transpose(0, 1)
+    y = (states[..., :size] @ C[..., None]).squeeze(-1)
+    weight = inputs.weight(y, first)
+    for group in range(len(kept)):
+        own, w = states[:, :, group], weight[:, :, group]
+        h = own.index_select(-1, kept[group]) if norm is None else own[..., size:]
+        v = C[:, :, group] @ start[group].T
+        e = y[:, :, group] - (h @ v[..., None]).squeeze(-1)
+        wh = (h * w[..., None]).transpose(-1, -2)
+        part = [wh @ h, (wh @ e[..., None]).squeeze(-1), C[:, :, group], (w * e.square()).sum(-1)]
+        part += [(w * y[:, :, group].square()).sum(-1), v]
+        yield part if norm is None else [*part, norm.c[:, time, group].transpose(0, 1)]
+
+
+def _recomputed(mixer: Mixer, statistics: StateStatistics) -> Iterator[ScanInputs]:
+    device = statistics.state_gram.device
+    for hidden_states, mask in statistics.inputs:
+        with torch.autocast(device.type, enabled=False):
+            yield mixer.scan_inputs(hidden_states.to(device), mask)
+
+
+def _B_ratio(inputs: ScanInputs, kept: torch.Tensor) -> torch.Tensor:
+    """How many times larger, up to κ_B, B_t of the kept states is without the others, (batch, length, 1, 1)."""
+    norm = inputs.normalization
+    scale = row_scale(len(kept), norm.b.shape[-1])
+    smaller = root_mean_square(scale * norm.b[..., kept], norm.epsilon)
+    return scale * root_mean_square(norm.b, norm.epsilon) / smaller
+
+
+def _average_B_gain(mixer: Mixer, statistics: StateStatistics, kept: torch.Tensor) -> float:
+    """κ_B, with which B_t of the kept states is as large as before on average."""
+    if not mixer.is_normalized:
+        return 1.0
+    total = tokens = 0.0
+    for inputs in _recomputed(mixer, statistics):
+        total += float((_B_ratio(inputs, kept[0])[..., 0, 0] * inputs.mask).double().sum())
+        tokens += float(inputs.mask.double().sum())
+    return tokens / total
+
+
+def _with_kept_states(inputs: ScanInputs, kept: torch.Tensor, B_gain: float) -> ScanInputs:
+    """A recurrence with r states more: the kept ones as they are without the others."""
+    B = inputs.B[..., kept] * (B_gain * _B_ratio(inputs, kept))
+    return dataclasses.replace(
+        inputs, A=torch.cat([inputs.A, inputs.A[..., kept]], dim=-1), B=torch.cat([inputs.B, B], dim=-1)
+    )
