@@ -9,7 +9,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 MALLOC := MALLOC_MMAP_THRESHOLD_=34359738368 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=67108864
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-checkpoint demo-lora test test-distributed fault-table readme-tables lint format bench bench-quality clean
+.PHONY: help demo demo-checkpoint demo-lora test test-distributed fault-table readme-tables lint format bench bench-quality bench-architectures clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -48,6 +48,9 @@ bench: $(VENV)/.recipes  ## measure step times, the cost of a cut and its memory
 
 bench-quality: $(VENV)/.recipes  ## compare every way of cutting on trained models; writes recipes/bench/results/ (40 minutes)
 	OMP_NUM_THREADS=1 $(MALLOC) $(RUN) recipes/bench/quality.py
+
+bench-architectures: $(VENV)/.recipes  ## measure what one cut costs in each of the ten architectures; writes recipes/bench/results/
+	OMP_NUM_THREADS=1 $(MALLOC) $(RUN) recipes/bench/architectures.py
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache

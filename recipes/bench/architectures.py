@@ -174,7 +174,8 @@ def main() -> None:
             print(f"{result['model_type']}: {result['seconds']:.0f} s")
             results.append(result)
     content = {"machine": describe_machine("cpu"), "bench": vars(bench), "results": results}
-    write_results(arguments.output_dir, "architectures-cpu", content, table(results, bench))
+    name = f"architectures-{'quick' if arguments.quick else 'cpu'}"
+    write_results(arguments.output_dir, name, content, table(results, bench))
 
 
 if __name__ == "__main__":
