@@ -36,7 +36,7 @@ from .mixers import Mixer, find_mixers
 from .mixers.adapters import bypassed_adapters
 from .mixers.resize import ParameterPairs, resize_mixer, update_configs
 from .optimizer import check_state, follow_resize, unwrap_optimizer
-from .peft_plans import forget_plan
+from .peft_plans import forget_plan, is_peft_model
 from .plan import CompressionPlan
 from .planning import (
     check_list_of_sizes,
@@ -86,7 +86,8 @@ class Compressor:
         plan_for_checkpoint: a plan that waits for a checkpoint.
 
     Raises:
-        ValueError: no mixer, a target that is not below N, or a schedule without a cut.
+        ValueError: no mixer, a target that is not below N, a schedule without a cut, or adapters where only a
+            checkpoint can be cut.
         TypeError: an unsupported mixer or optimizer.
         RuntimeError: a wrapper that is not supported, or processes with different configs.
 
@@ -128,6 +129,7 @@ class Compressor:
             )
         self.why_not_in_process = why_not_in_process(self.model, self.wrapper)
         self.plan_for_checkpoint: CompressionPlan | None = None
+        self._refuse_adapters()
         if self.why_not_in_process is not None and config.pragmatic:
             raise ValueError(
                 f"pragmatic=True cannot take a cut back here: {self.why_not_in_process}, so only a checkpoint of it "
@@ -201,6 +203,7 @@ class Compressor:
             return None
         # It may have changed: an optimizer has no state before its first step, and DDP's join() is a context.
         self.why_not_in_process = why_not_in_process(self.model, self.wrapper)
+        self._refuse_adapters()
         gathered = self._gathered_tokens()
         if gathered < self.wanted_tokens:
             if not self._announced_wait:
@@ -428,6 +431,15 @@ class Compressor:
         most = max(present) - 1
         largest = most // multiple * multiple if isinstance(multiple, int) else 1 << (most.bit_length() - 1)
         return max(self._target(), min(size, largest))
+
+    def _refuse_adapters(self) -> None:
+        """The way by a checkpoint is closed to PEFT models, whose checkpoints hold adapters only."""
+        if self.why_not_in_process is not None and is_peft_model(self.model):
+            raise ValueError(
+                f"a PEFT model cannot be cut here: {self.why_not_in_process}, so only a checkpoint could be cut, "
+                "and one of adapters does not hold their base. Train with DDP, FSDP2 or DeepSpeed ZeRO-1 or -2, or "
+                "cut the base (hf_compressm.compress) before adapters are put on it"
+            )
 
     def _warn_of_untrained_states(self) -> None:
         """An optimizer that was built before the model was resized would silently leave layers as they are."""

@@ -8,6 +8,7 @@ basis are not those of the entries that are there now.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -89,16 +90,22 @@ def sliced_state(
         if how is None:
             sliced[key] = value
         elif how == "averaged over":
-            sliced[key] = shard_like(value, _factor_of_the_kept(key, value, state, index))
+            sliced[key] = shard_like(value, _factor_of_the_kept(key, value, state, index, factors))
         else:
-            sliced[key] = sliced_tensor(value, how, index, moment_factors(key, factors, optimizer))
+            sliced[key] = sliced_tensor(value, how, index, moment_factors(key, factors, state))
     return sliced
 
 
-def moment_factors(key: str, factors: torch.Tensor | None, optimizer: Optimizer | None = None) -> torch.Tensor | None:
-    """What a moment's rows are multiplied with when the parameter's are multiplied with `factors`."""
+def moment_factors(key: str, factors: torch.Tensor | None, keys: Iterable[str] = ()) -> torch.Tensor | None:
+    """What a moment's rows are multiplied with when the parameter's are multiplied with `factors`.
+
+    Args:
+        key: the moment's name.
+        factors: as in `sliced_state`.
+        keys: the names of all that the optimizer keeps of the parameter.
+    """
     # RMSprop's buffer is of steps, which its division by the mean square makes independent of the gradient's size.
-    unchanged = isinstance(optimizer, torch.optim.RMSprop) and key == "momentum_buffer"
+    unchanged = key == "momentum_buffer" and "square_avg" in keys
     return None if factors is None or unchanged or key not in POWERS else factors ** POWERS[key]
 
 
@@ -171,11 +178,14 @@ OTHER_FACTOR = {
 }
 
 
-def _factor_of_the_kept(key: str, value: torch.Tensor, state: dict[str, Any], index: torch.Tensor) -> torch.Tensor:
+def _factor_of_the_kept(
+    key: str, value: torch.Tensor, state: dict[str, Any], index: torch.Tensor, factors: torch.Tensor | None
+) -> torch.Tensor:
     """A factor averaged over the dimension that shrinks: the average of the second moments that stay."""
     name, dim = OTHER_FACTOR[key]
     value, other = full_tensor(value), full_tensor(state[name])
-    mean, mean_of_kept = (factor.mean(dim, keepdim=True) for factor in (other, take(other, dim, index)))
+    kept = scaled(take(other, dim, index), dim, moment_factors(name, factors))
+    mean, mean_of_kept = (factor.mean(dim, keepdim=True) for factor in (other, kept))
     return torch.where(mean > 0, value * (mean_of_kept / mean), value)
 
 

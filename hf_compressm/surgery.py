@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ from .distributed.ddp import rebuild_reducer
 from .distributed.processes import ALONE
 from .distributed.wrappers import processes_of, unwrap, why_not_in_process, zero_engine
 from .mixers import Mixer, StateAxis, check_mixer, find_mixers, layers_by_config
+from .mixers.adapters import MagnitudeAxis
 from .mixers.resize import project_in_place, update_configs
 from .modeling_compressm import PROJECTIONS, projected_class
 from .optimizer import (
@@ -272,7 +274,8 @@ def _prepare_second_projection(mixer: Mixer, layer: LayerPlan, rounding: Roundin
 def projected_further(first: torch.Tensor, second: torch.Tensor, groups: int) -> torch.Tensor:
     """One projection after another, group by group: [first_1 second_1 | ... | first_G second_G], in float64."""
     left, right = (matrix.double().cpu().unflatten(1, (groups, -1)) for matrix in (first, second))
-    return torch.einsum("ngm,mgr->ngr", left, right).flatten(1)
+    # fully_shard takes contiguous parameters only.
+    return torch.einsum("ngm,mgr->ngr", left, right).flatten(1).contiguous()
 
 
 @torch.no_grad()
@@ -300,6 +303,8 @@ def _prepare(
     replacements = []
     for axis in mixer.axes:
         old, label = axis.tensor, f"{name}: {axis.parameter} of {type(axis.module).__name__}"
+        if layer.readout is not None and isinstance(axis, MagnitudeAxis) and "C" in axis.roles:
+            axis = axis.remembering(layer.readout, layer.state_size_before)
         index = axis.index(layer.kept, layer.state_size_before)
         factors = axis.factors(layer.scales, layer.state_size_after)
         values = smaller_values(axis, layer, fsdp2.full_tensor(old.detach()), rounding)
@@ -319,10 +324,10 @@ def _smaller(axis: StateAxis, layer: LayerPlan) -> deepspeed.Smaller:
     index = axis.index(layer.kept, layer.state_size_before)
     factors = axis.factors(layer.scales, layer.state_size_after)
 
-    def smaller(name: str, whole: torch.Tensor) -> torch.Tensor:
+    def smaller(name: str, whole: torch.Tensor, names: Iterable[str]) -> torch.Tensor:
         if name == deepspeed.MASTER:
             return smaller_values(axis, layer, whole)
-        return sliced_tensor(whole, axis.dim, index, moment_factors(name, factors))
+        return sliced_tensor(whole, axis.dim, index, moment_factors(name, factors, names))
 
     return smaller
 

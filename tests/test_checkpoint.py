@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, lively, selection_plan, tokens
+from conftest import MAMBA1_FAMILY, TINY, lively, selection_plan, tokens
 from torch import nn
 from training import (
     AtStepEnd,
@@ -158,6 +158,47 @@ def test_resize_mixer_round_trip(tiny):
     for mixer in find_mixers(model).values():
         resize_mixer(mixer, 8)
     assert {name: tuple(parameter.shape) for name, parameter in model.named_parameters()} == shapes
+
+
+# Architectures whose B and C are normalised, or that have heads. Without experts: the Trainer does not find those that
+# it saved, since Transformers renames them.
+RELATIVES = {name: MAMBA1_FAMILY[name] for name in ("falcon_mamba", "jamba", "zamba")}
+RELATIVES["jamba"] = RELATIVES["jamba"].but(num_experts=1)
+
+
+@pytest.fixture(params=list(RELATIVES))
+def relative(request):
+    """Each of them in turn."""
+    return RELATIVES[request.param]
+
+
+def numbers(model: nn.Module) -> list[dict[str, float]]:
+    """Every number that is an attribute of a module."""
+    return [
+        {key: value for key, value in vars(module).items() if isinstance(value, (int, float))}
+        for module in model.modules()
+    ]
+
+
+@pytest.mark.parametrize("direction", ["smaller", "larger"])
+def test_relatives_load_weights_of_another_size(relative, direction):
+    small, full = lively(relative.build()), lively(relative.build(seed=1))
+    compress(small, [tokens(8, 24)], CompreSSMConfig(state_size=3))
+    source, target = (small, full) if direction == "smaller" else (full, small)
+    other = {name: value.clone() for name, value in target.state_dict().items()}
+    resize_while_loading(target)
+    state = list(source.state_dict().items())
+    for parts in ([state], [state[0::3], state[1::3], state[2::3]]):
+        for part in parts:
+            target.load_state_dict(dict(part), strict=False)
+        assert_same_weights(weights(target), weights(source))
+        # Falcon-Mamba's norms have buffers of N ones that are in no checkpoint.
+        assert_same_weights(dict(target.named_buffers()), dict(source.named_buffers()))
+        assert numbers(target.eval()) == numbers(source.eval())
+        assert torch.equal(target(tokens()).logits, source(tokens()).logits)
+        assert target.config.to_dict() == source.config.to_dict()
+        # From another size again.
+        target.load_state_dict(other)
 
 
 # The record.
@@ -445,6 +486,39 @@ def test_resume_a_run_that_had_no_callback(tiny, tmp_path):
     assert [row[1] for row in ours] == pytest.approx([row[1] for row in theirs], rel=1e-5)
     saved = json.loads((tmp_path / "ours" / "checkpoint-8" / "trainer_state.json").read_text())
     assert saved["stateful_callbacks"]["CompreSSMCallback"]["attributes"]["history"] == callback.history
+
+
+def test_relatives_resume_on_either_side_of_the_cut(relative, tmp_path):
+    whole = saving_trainer(lively(relative.build()), tmp_path)
+    whole[0].train()
+    for step in (3, CUT - 1, CUT, STEPS - 1):
+        resumed = saving_trainer(relative.build(seed=1), tmp_path / "resumed", save_strategy="no")
+        resumed[0].train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same_run(resumed, whole)
+    # Its model is small by now.
+    expected, held = weights(whole[0].model), whole[0].optimizer
+    for step in (3, CUT):
+        whole[0].train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert_same_weights(weights(whole[0].model), expected)
+        assert whole[0].optimizer is held
+
+
+@pytest.mark.parametrize("best", [CUT - 2, CUT + 2])
+def test_the_best_of_relatives_is_loaded_at_the_end(relative, tmp_path, best):
+    scores = (float(step == best) for step in range(2, STEPS + 1, 2))
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "eval_dataset": examples(4)}
+    options |= {"load_best_model_at_end": True, "metric_for_best_model": "score"}
+    trainer, callback = saving_trainer(
+        lively(relative.build()), tmp_path, compute_metrics=lambda _: {"score": next(scores)}, **options
+    )
+    trainer.train()
+    assert trainer.state.best_global_step == best
+    assert [entry["status"] for entry in callback.history] == ["undone by loading" if best < CUT else "cut"]
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / f"checkpoint-{best}")
+    assert {mixer.state_size for mixer in find_mixers(saved).values()} == {8 if best < CUT else 4}
+    assert_same_weights(weights(trainer.model), weights(saved))
+    assert_same_weights(dict(trainer.model.named_buffers()), dict(saved.named_buffers()))
+    assert torch.equal(trainer.model.eval()(tokens()).logits, saved.eval()(tokens()).logits)
 
 
 KILLED_RUN = """

@@ -6,7 +6,8 @@ import json
 
 import pytest
 import torch
-from conftest import TINY, lively
+from conftest import MAMBA1_FAMILY, TINY, lively
+from peft import LoraConfig, get_peft_model
 from training import (
     AtStepEnd,
     assert_same_weights,
@@ -20,6 +21,7 @@ from training import (
 from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMCallback, read_record
+from hf_compressm.peft_plans import load_plans
 
 
 class Metric:
@@ -104,6 +106,60 @@ def test_a_cut_that_hurts_is_taken_back(tiny, tmp_path, caplog, optimizer):
     rates = [row[3] for row in log_rows(trainer)]
     assert rates == sorted(set(rates), reverse=True)
     assert not (tmp_path / "compressm.json").exists()
+
+
+RESCALED_AND_IN_HEADS = ("falcon_mamba", "jamba", "zamba")
+
+
+@pytest.mark.parametrize("name", RESCALED_AND_IN_HEADS)
+@pytest.mark.parametrize("optimizer", ["AdamW", "Adafactor in bfloat16"])
+def test_what_was_scaled_comes_back(tmp_path, name, optimizer):
+    model = lively(MAMBA1_FAMILY[name].build())
+    if "bfloat16" in optimizer:
+        model.to(torch.bfloat16)
+    before, cut, after = Moments(4, "step"), Moments(4, "step"), Moments(7, "evaluation")
+    buffers = {key: value.clone() for key, value in model.named_buffers()}
+    callback, options = pragmatic(), OPTIMIZERS[optimizer]
+    trainer = pragmatic_trainer(model, tmp_path, before, callback, cut, after, metric=Metric(0.9, 0.5), **options)
+    trainer.train()
+    assert [entry["status"] for entry in callback.history] == ["taken back"]
+    # Parameters of the same shape that the cut changed, as it scaled them.
+    scaled = {
+        key.split(".", 4)[-1]
+        for key, value in cut.weights.items()
+        if value.shape == before.weights[key].shape and not torch.equal(value, before.weights[key])
+    }
+    assert scaled == ({"D", "out_proj.weight"} if name == "falcon_mamba" else set())
+    assert sum(value.shape != cut.weights[key].shape for key, value in before.weights.items()) >= 4
+    assert_same_weights(after.weights, before.weights)
+    for key, state in before.moments.items():
+        assert_same_weights(after.moments[key], state)
+    assert before.moments.keys() == after.moments.keys()
+    assert_same_weights(dict(model.named_buffers()), buffers)
+    assert {id(parameter) for parameter in model.parameters()} == {
+        id(parameter) for group in trainer.optimizer.param_groups for parameter in group["params"]
+    }
+
+
+@pytest.mark.parametrize("score", [0.9, 0.5], ids=["the cut stays", "it is taken back"])
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_the_verdict_on_a_cut_under_adapters(tmp_path, score, dora):
+    base = lively(TINY["mamba"].build())
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["in_proj", "x_proj"], use_dora=dora))
+    before, after = Moments(4, "step"), Moments(7, "evaluation")
+    callback, metric = pragmatic(), Metric(0.9, score)
+    options = {"save_strategy": "steps", "save_steps": 1}
+    pragmatic_trainer(model, tmp_path, before, callback, after, metric=metric, **options).train()
+    small = score == 0.9
+    assert [entry["status"] for entry in callback.history] == ["cut" if small else "taken back"]
+    assert checkpoints(tmp_path) == [1, 2, 3, *range(7, 13)]
+    assert [len(load_plans(tmp_path / f"checkpoint-{step}")) for step in (3, 7, 12)] == [0, small, small]
+    if not small:
+        # The base, too, whose optimizer knows nothing of it.
+        assert_same_weights(after.weights, before.weights)
+        assert before.moments.keys() == after.moments.keys() != after.weights.keys()
+        for key, state in before.moments.items():
+            assert_same_weights(after.moments[key], state)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ Under ZeRO-3 the module's parameters are in parts themselves: they can be read h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +46,9 @@ CARRIED = (
     "_global_grad_norm",
 )
 
-# What a new parameter's tensor is, given the name and the whole tensor of the parameter whose place it takes.
-Smaller = Callable[[str, torch.Tensor], torch.Tensor]
+# What a new parameter's tensor is, given the name and the whole tensor of the parameter whose place it takes, and the
+# names of all that is kept of it.
+Smaller = Callable[[str, torch.Tensor, Iterable[str]], torch.Tensor]
 
 
 class ParameterGroups(Optimizer):
@@ -189,7 +190,7 @@ def rebuild_optimizer(
     Example:
         >>> groups = parameter_groups(engine)                                                    # doctest: +SKIP
         >>> replace_parameter(groups, old, new, None)                                            # doctest: +SKIP
-        >>> rebuild_optimizer(engine, groups, {new: (old, lambda name, whole: whole[:12])})      # doctest: +SKIP
+        >>> rebuild_optimizer(engine, groups, {new: (old, lambda name, whole, _: whole[:12])})   # doctest: +SKIP
     """
     zero = engine.optimizer
     basic, before = zero.optimizer, _flat_groups(zero)
@@ -343,4 +344,4 @@ def _carry(
                 new.scatter(key, parameter, old.gather(key, parameter, start, stop), start)
         elif parameter in replaced:
             origin, smaller = replaced[parameter]
-            new.scatter(key, parameter, smaller(key, old.gather(key, origin).view_as(origin)))
+            new.scatter(key, parameter, smaller(key, old.gather(key, origin).view_as(origin), old.parts))

@@ -159,14 +159,22 @@ class MagnitudeAxis(StateAxis):
 
     layer: nn.Module | None = None
     adapter: str = ""
+    norms: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def remembering(self, readout: torch.Tensor, state_size: int) -> MagnitudeAxis:
+        """The same with ‖V_i‖ and ‖(M V)_i‖ as they are now: ZeRO's weights are cut when the layer is already."""
+        return dataclasses.replace(self, norms=self._norms(readout, self.roles.index("C"), state_size))
+
+    def _norms(self, readout: torch.Tensor, number: int, state_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        V = directions(self.layer, self.adapter)[self.block(number, state_size)]
+        return V.norm(dim=1), (readout[number % len(readout)].to(V) @ V).norm(dim=1)
 
     def read_out(
         self, values: torch.Tensor, readout: torch.Tensor, kept: torch.Tensor, number: int, state_size: int
     ) -> torch.Tensor:
-        at = self.block(number, state_size)
-        V = directions(self.layer, self.adapter)[at]
-        M, own = readout[number % len(readout)].to(V), kept[number % len(kept)].to(V.device)
-        return _ratios(values[at].to(V), V)[own] * (M @ V).norm(dim=1)
+        norms, new_norms = self.norms or self._norms(readout, number, state_size)
+        ratios = _ratios(values[self.block(number, state_size)].to(norms), norms)
+        return ratios[kept[number % len(kept)].to(norms.device)] * new_norms
 
 
 @torch.no_grad()
@@ -179,9 +187,8 @@ def directions(layer: nn.Module, adapter: str) -> torch.Tensor:
     return W + layer.scaling[adapter] * B @ A
 
 
-def _ratios(magnitudes: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
+def _ratios(magnitudes: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
     """ρ = m / ‖V‖ of each row; 1 for a row that is zero, which has no direction."""
-    norms = V.norm(dim=1)
     return torch.where(norms > 0, magnitudes / norms, 1.0)
 
 
@@ -212,7 +219,7 @@ def readout_of_parameters(name: str, axes: list[StateAxis], readout: torch.Tenso
         V[adapter] = directions(layer, adapter)[at].cpu()
         ratios[adapter] = torch.ones(size, dtype=torch.float64)
     for axis in magnitudes:
-        ratios[axis.adapter] = _ratios(axis.tensor[at].double().cpu(), V[axis.adapter])
+        ratios[axis.adapter] = _ratios(axis.tensor[at].double().cpu(), V[axis.adapter].norm(dim=1))
     active = [] if layer.disable_adapters or layer.merged else [item for item in layer.active_adapters if item in V]
     fitted = next((ratios[item] for item in active), torch.ones(size, dtype=torch.float64))
     M0 = readout[0].double()

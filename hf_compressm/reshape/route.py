@@ -38,7 +38,6 @@ UNSUPPORTED = {
     re.compile(r".*_rank\d+\.bin"): "FSDP's own files of each process (use_dcp=False, or LOCAL_STATE_DICT)",
     re.compile(r"pytorch_model-\d+-of-\d+\.bin"): "weights in several pickles; save them as safetensors",
     re.compile(r"optimizer_\d+\.(pt|bin)"): "several optimizers",
-    re.compile(r"adapter_model\.(safetensors|bin)"): "adapter weights; merge them first",
 }
 
 
@@ -109,7 +108,8 @@ def reshape_checkpoint(
         show_progress: show a bar on the way.
 
     Raises:
-        ValueError: the plan does not fit the checkpoint, or a file is damaged or of a format that is not supported.
+        ValueError: the plan does not fit the checkpoint, or a file is damaged or of a format that is not supported, or
+            the checkpoint holds only adapters.
         FileNotFoundError: the checkpoint, or a part of it, is missing.
         FileExistsError: the output exists.
         TypeError: an optimizer state that is not supported.
@@ -134,6 +134,7 @@ def reshape_checkpoint(
         raise TypeError(f"plan must be a CompressionPlan (CompressionPlan.load reads one), got {type(plan).__name__}")
     if not checkpoint.is_dir():
         raise FileNotFoundError(f"there is no checkpoint directory {checkpoint}")
+    _refuse_adapters(checkpoint)
     if output.exists():
         raise FileExistsError(f"{output} exists; name a directory that does not")
     if output.is_relative_to(checkpoint):
@@ -178,6 +179,16 @@ def reshape_checkpoint(
         peak_memory=work.peak,
         seconds=time.perf_counter() - start,
     )
+
+
+def _refuse_adapters(checkpoint: Path) -> None:
+    if (checkpoint / "adapter_config.json").is_file():
+        raise ValueError(
+            f"{checkpoint} holds adapters of PEFT without the base that they belong to. Cut the model with its "
+            "adapters: model = PeftModel.from_pretrained(base, checkpoint), compress_(model, plan), "
+            "model.save_pretrained(output); hf_compressm.load_compressed_peft(base, output) then puts them back on "
+            "the uncut base, and load_compressed_peft(base, checkpoint) those of a checkpoint that lies behind a cut"
+        )
 
 
 def _model(checkpoint: Path, config: PreTrainedConfig | nn.Module | str | Path | None) -> nn.Module:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, Trainer
 from transformers.core_model_loading import revert_weight_conversion
 
 from ..mixers import Mixer, StateAxis, find_mixers, mamba2
+from ..mixers.adapters import MagnitudeAxis
 from ..mixers.resize import resize_mixer, update_configs
 from ..modeling_compressm import PROJECTIONS
 from ..optimizer import (
@@ -83,6 +84,11 @@ class Skeleton:
             mixer = mixers[layer_name]
             if layer.realization == "stock":
                 for axis in mixer.axes:
+                    if layer.readout is not None and isinstance(axis, MagnitudeAxis) and "C" in axis.roles:
+                        raise ValueError(
+                            f"layer {layer_name}: the refit of DoRA's magnitudes takes several tensors at once, which "
+                            "here pass through one by one; cut the model itself (compress_)"
+                        )
                     self.changes[names[id(axis.tensor)]] = Change(mixer, layer, axis=axis)
                 continue
             for matrix in PROJECTIONS:
@@ -221,7 +227,7 @@ class Skeleton:
         )
 
     def _usual_orders(self) -> list[list[list[str]]]:
-        names = list(self.before)
+        names = [name for name, parameter in self.before.items() if parameter.requires_grad]
         decayed = set(Trainer.get_decay_parameter_names(None, self._model))
         with_callback = {name for name in decayed if not name.endswith(PROJECTIONS)}
         halves = [

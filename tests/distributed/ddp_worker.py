@@ -6,6 +6,7 @@ Started by test_ddp.py under torchrun; imported by it for the same loops in one 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import sys
@@ -21,6 +22,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.nn.parallel import DistributedDataParallel
 from train_worker import digest
+from trained import ADAPTED, build, state_size, sums_of, trained
 from training import build_trainer, config, examples, moments, weights
 from transformers import TrainerCallback
 
@@ -49,8 +51,9 @@ class Loop:
         cut: dict[str, Any] | None = None,
         **ddp: Any,
     ) -> None:
-        self.model = lively(TINY[architecture].build())
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=5e-3)
+        self.model = build(architecture)
+        # Else a step would not depend on a gradient's size, and magnify what rounding does to small ones.
+        self.optimizer = torch.optim.AdamW(trained(self.model), lr=5e-3, eps=1e-3)
         several = WORLD > 1 and wrap
         self.wrapped = DistributedDataParallel(self.model, **ddp) if several else self.model
         self.options = {"calibration_tokens": 96, "pragmatic": pragmatic} | (cut or {})
@@ -78,12 +81,17 @@ class Loop:
         return self
 
     def result(self, **more: Any) -> dict[str, Any]:
-        carried = moments(self.model, self.optimizer)
+        carried = {
+            f"{name} {key}": value
+            for name, state in moments(self.model, self.optimizer).items()
+            for key, value in state.items()
+        }
         return {
             "losses": self.losses,
             "weights": digest(weights(self.model)),
-            "moments": digest({f"{n} {key}": v for n, state in carried.items() for key, v in state.items()}),
-            "state_size": self.model.config.state_size,
+            "moments": digest(carried),
+            "sums": sums_of(weights(self.model) | carried),
+            "state_size": min(mixer.state_size for mixer in find_mixers(self.model).values()),
             "history": [(entry["status"], entry["step"], entry["tokens"]) for entry in self.compressor.history],
             "kept": [layer["kept"] for entry in self.compressor.history for layer in entry["layers"]],
             "sizes": [mixer.state_size for mixer in find_mixers(self.model).values()],
@@ -135,7 +143,7 @@ def communication_hook() -> dict:
 
 def taken_back(**options: Any) -> dict:
     loop = Loop(**options, pragmatic=True).train(last=5)
-    small = loop.model.config.state_size
+    small = state_size(loop.model)
     loop.compressor.take_back()
     return loop.train(first=6).result(small=small)
 
@@ -144,7 +152,7 @@ def loaded_from_before_the_cut(**options: Any) -> dict:
     loop = Loop(**options).train(last=2)
     saved = {name: value.clone() for name, value in loop.model.state_dict().items()}
     loop.train(first=3, last=5)
-    small = loop.model.config.state_size
+    small = state_size(loop.model)
     loop.model.load_state_dict(saved)
     loop.compressor.follow_loaded_weights()
     return loop.train(first=6).result(small=small)
@@ -177,6 +185,28 @@ def projected_loaded_from_before_the_cut() -> dict:
     return loaded_from_before_the_cut(**PROJECTED)
 
 
+RELATIVES = ("falcon_mamba", "jamba", "zamba")
+
+
+def named(loop: Callable[..., dict], architecture: str) -> Callable[[], dict]:
+    """A loop of one architecture, under a name of its own."""
+    of_one = functools.partial(loop, architecture)
+    of_one.__name__ = f"{architecture}, {loop.__name__}"
+    return of_one
+
+
+def cut_once(architecture: str) -> dict:
+    return Loop(architecture).train().result()
+
+
+def undone(architecture: str) -> dict:
+    return taken_back(architecture=architecture)
+
+
+def reloaded(architecture: str) -> dict:
+    return loaded_from_before_the_cut(architecture=architecture)
+
+
 # Each is run in two processes and in one.
 LOOPS: list[Callable[[], dict]] = [
     plain,
@@ -195,6 +225,9 @@ LOOPS: list[Callable[[], dict]] = [
     projected_accumulation,
     projected_taken_back,
     projected_loaded_from_before_the_cut,
+    *(named(cut_once, name) for name in (*RELATIVES, *ADAPTED)),
+    *(named(undone, name) for name in (*RELATIVES, "mamba, DoRA", "mamba2, LoRA")),
+    *(named(reloaded, name) for name in ("falcon_mamba", "zamba")),
 ]
 
 

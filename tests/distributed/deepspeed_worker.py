@@ -19,13 +19,15 @@ import torch.distributed as dist
 from accelerate import Accelerator, InitProcessGroupKwargs, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DeepSpeedPlugin
-from conftest import TINY, lively, selection_plan, silence_states, tokens
+from conftest import selection_plan, silence_states, tokens
 from deepspeed.utils import safe_get_full_optimizer_state
 from launch import leave
 from torch import nn
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from train_worker import digest
+from trained import ADAPTED, state_size, sums_of, trained
+from trained import build as build_model
 from training import KEPT, SILENT, AtStepEnd, build_trainer, config, examples, log_rows
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback
 
@@ -47,7 +49,7 @@ BF16 = {"bf16": {"enabled": True}}
 
 
 def model_of(architecture: str, silent: bool) -> nn.Module:
-    model = lively(TINY[architecture].build())
+    model = build_model(architecture)
     if silent:
         silence_states(model, SILENT)
     return model
@@ -59,17 +61,19 @@ def plan_for(model: nn.Module, silent: bool) -> CompressionPlan:
     for name, mixer in find_mixers(model).items():
         if not silent and mixer.layout.CAN_REFIT:
             generator = torch.Generator().manual_seed(1)
-            readout = torch.randn(1, len(KEPT), 8, generator=generator, dtype=torch.float64) / 3
+            readout = torch.randn(mixer.groups, len(KEPT), 8, generator=generator, dtype=torch.float64) / 3
             plan.layers[name] = dataclasses.replace(plan.layers[name], readout=readout)
     return plan
 
 
 def adam(model: nn.Module) -> AdamW:
     """Two groups, as the Trainer makes them. Under ZeRO-3 parameters may be in parts from the start, and flat."""
-    dims = {item: len(getattr(item, "ds_shape", item.shape)) for item in model.parameters()}
+    dims = {item: len(getattr(item, "ds_shape", item.shape)) for item in trained(model)}
     decayed = [item for item, dim in dims.items() if dim > 1]
     others = [item for item, dim in dims.items() if dim == 1]
-    return AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}], lr=5e-3)
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    # DeepSpeed leaves out a group without parameters, which a schedule would miss.
+    return AdamW([group for group in groups if group["params"]], lr=5e-3, eps=1e-3)
 
 
 def falling(optimizer: torch.optim.Optimizer) -> LambdaLR:
@@ -131,7 +135,7 @@ class Loop:
             for name, item in parameters.items()
             for key, value in full_state(engine, item).items()
         }
-        own_hooks = [set(item._post_accumulate_grad_hooks or ()) for item in parameters.values()]
+        own_hooks = [set(item._post_accumulate_grad_hooks or ()) for item in trained(self.model)]
         result = {
             "losses": self.losses,
             "norms": self.norms,
@@ -139,9 +143,9 @@ class Loop:
             "states": digest({name: value.float() for name, value in states.items()}),
             "of the kept": of_the_kept(self.model, states),
             "learning_rates": [group["lr"] for group in engine.optimizer.param_groups],
-            "state_size": self.model.config.state_size,
+            "state_size": state_size(self.model),
             "same object": self.held is engine.optimizer,
-            "one hook each": [len(hooks) for hooks in own_hooks] == [1] * len(parameters),
+            "one hook each": {len(hooks) for hooks in own_hooks} == {1},
             "its own hooks": set().union(*own_hooks) == hooks_of(engine),
             "bytes": optimizer_bytes(engine),
             **more,
@@ -154,19 +158,19 @@ def of_the_kept(model: nn.Module, states: dict[str, torch.Tensor]) -> dict[str, 
     """Two numbers of every moment and master weight; before a cut, of what it will keep."""
     axes = {}
     for mixer in find_mixers(model).values():
-        for axis in mixer.layout.state_axes(mixer.module):
-            index = axis.index(torch.tensor(KEPT).expand(mixer.groups, -1), 8)
-            axes[axis.tensor] = (axis.dim, index if mixer.state_size == 8 else torch.arange(len(index)))
+        for axis in mixer.state_axes:
+            kept = torch.tensor(KEPT if mixer.state_size == 8 else range(4)).expand(mixer.groups, -1)
+            axes[axis.tensor] = (axis, kept, mixer.state_size)
     numbers = {}
     for name, parameter in model.named_parameters():
         for key in ("step", "exp_avg", "exp_avg_sq", MASTER):
             value = states.get(f"{name} {key}")
             if value is not None:
                 if parameter in axes and key != "step":
-                    value = value.index_select(*axes[parameter])
-                ramp = torch.linspace(1, 2, value.numel(), dtype=torch.float64)
-                numbers[f"{name} {key}"] = [value.double().norm().item(), (value.double().flatten() @ ramp).item()]
-    return numbers
+                    axis, *where = axes[parameter]
+                    value = axis.take(value, *where)
+                numbers[f"{name} {key}"] = value
+    return sums_of(numbers)
 
 
 def uncut(stage: int, **options: Any) -> dict[str, Any]:
@@ -178,7 +182,7 @@ def cut(stage: int, **options: Any) -> dict[str, Any]:
     # DeepSpeed's own way to the moments fails for all groups but the first, until an engine is rebuilt.
     found = all(
         torch.equal(safe_get_full_optimizer_state(item, "exp_avg"), full_state(loop.engine, item)["exp_avg"])
-        for item in loop.model.parameters()
+        for item in trained(loop.model)
     )
     return loop.train(first=CUT_AFTER + 1).result(found=found)
 
@@ -196,7 +200,7 @@ def taken_back(stage: int, **options: Any) -> dict[str, Any]:
     loop.train(last=CUT_AFTER)
     losses = list(loop.losses)
     loop.train(first=1, last=2)
-    small = loop.model.config.state_size
+    small = state_size(loop.model)
     loop.compressor.take_back()
     loop.losses = losses
     for group, rate in zip(loop.engine.optimizer.param_groups, (2.5e-3, 2.5e-3), strict=True):
@@ -230,6 +234,23 @@ def refitted_master_weights() -> dict[str, Any]:
     }
 
 
+def dora_master_weights() -> dict[str, Any]:
+    """The magnitudes follow the norms of rows that are cut before ZeRO's own weights are."""
+    loop = Loop(2, "mamba, DoRA", **BF16).train(last=CUT_AFTER)
+    ((name, mixer), *_) = find_mixers(loop.model).items()
+    layer = mixer.module.x_proj
+    magnitudes, B, A = (part["default"].weight for part in (layer.lora_magnitude_vector, layer.lora_B, layer.lora_A))
+    V = layer.base_layer.weight.double() + layer.scaling["default"] * B.double() @ A.double()
+    ratios = (full_state(loop.engine, magnitudes)[MASTER].double() / V.norm(dim=1))[-8:]
+    readout = plan_for(loop.model, silent=False).layers[name].readout[0]
+    loop.cut()
+    master = full_state(loop.engine, layer.lora_magnitude_vector["default"].weight)[MASTER]
+    expected = ratios[KEPT] * (readout @ V[-8:]).norm(dim=1)
+    loop.train(first=CUT_AFTER + 1)
+    loop.engine.destroy()
+    return {"difference": ((master[-4:] - expected) / expected).abs().max().item()}
+
+
 def refusals() -> dict[str, Any]:
     """What `why_not_in_process` and `compress_` say, by what is wrong, and the Compressor of what it cannot do."""
     messages = {}
@@ -245,6 +266,9 @@ def refusals() -> dict[str, Any]:
         if stage == 3:
             messages["compress_"] = refusal(loop.cut)
             messages["pragmatic"] = refusal_of_a_compressor(loop.engine, pragmatic=True)
+            adapters = Loop(stage, "mamba, LoRA")
+            messages["adapters"] = refusal_of_a_compressor(adapters.engine)
+            adapters.engine.destroy()
         if stage == 2:
             basic = loop.engine.optimizer.optimizer
             loop.engine.optimizer.optimizer = SGD(basic.param_groups[0]["params"])
@@ -500,6 +524,12 @@ LIKE_ONE_PROCESS: dict[str, tuple[int, dict[str, Any]]] = {
     "ZeRO-2, torch's backward": (2, {"like_torch": True}),
     "ZeRO-2, small buckets, shuffled": (2, SMALL_BUCKETS),
     "ZeRO-1, overlapping, all-reduced": (1, {"zero": {"overlap_comm": True, "reduce_scatter": False}}),
+    "ZeRO-1, falcon_mamba": (1, {"architecture": "falcon_mamba"}),
+    "ZeRO-2, falcon_mamba": (2, {"architecture": "falcon_mamba"}),
+    "ZeRO-2, jamba": (2, {"architecture": "jamba"}),
+    "ZeRO-1, zamba": (1, {"architecture": "zamba"}),
+    "ZeRO-2, zamba": (2, {"architecture": "zamba"}),
+    **{f"ZeRO-2, {name}": (2, {"architecture": name}) for name in ADAPTED},
 }
 
 
@@ -515,7 +545,7 @@ def alone(
             loss = model.train()(input_ids=part, labels=part).loss
             (loss / micro_batches).backward()
             losses.append(loss.item())
-        norms.append(nn.utils.clip_grad_norm_(model.parameters(), 0.5).item())
+        norms.append(nn.utils.clip_grad_norm_(trained(model), 0.5).item())
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
@@ -524,7 +554,7 @@ def alone(
     states = {
         f"{name} {key}": value
         for name, item in model.named_parameters()
-        for key, value in optimizer.state[item].items()
+        for key, value in optimizer.state.get(item, {}).items()
     }
     return {
         "losses": losses,
@@ -550,8 +580,11 @@ def main() -> None:
         results[name] = cut(stage, **options)
     results["before training"] = cut_before_training(2)
     results["taken back"] = taken_back(2)
+    for name in ("falcon_mamba", "mamba, DoRA"):
+        results[f"taken back, {name}"] = taken_back(2, architecture=name)
     results["taken back, bf16"] = taken_back(1, silent=True, **BF16)
     results["refitted"] = refitted_master_weights()
+    results["refitted, DoRA"] = dora_master_weights()
     results["refusals"] = refusals()
     results["ZeRO-3"] = read_under_zero3()
     for stage in (1, 2):

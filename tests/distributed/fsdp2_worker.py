@@ -5,6 +5,7 @@ Started by test_fsdp2.py under torchrun. Every process runs both and writes how 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import json
@@ -27,10 +28,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from train_worker import digest
+from trained import ADAPTED, blocks_of, build, state_size, trained
 from training import KEPT, SILENT, AtStepEnd, build_trainer, config, examples
 from transformers import AutoModelForCausalLM
 
-from hf_compressm import CompressionPlan, CompreSSMCallback, Compressor, compress_, find_mixers
+from hf_compressm import CompressionPlan, CompreSSMCallback, Compressor, compress_, find_mixers, load_compressed_peft
 from hf_compressm.distributed import fsdp2
 from hf_compressm.surgery import check_optimizer
 
@@ -40,13 +42,16 @@ Shape = Callable[[nn.Module], CompressionPlan]
 
 
 def selected(model: nn.Module, kept: list[int]) -> CompressionPlan:
-    """Mamba-1's C is refitted too."""
-    plan = selection_plan(model, kept)
-    for name, mixer in find_mixers(model).items():
+    """Each group keeps states of its own. Mamba-1's C is refitted too."""
+    mixers = find_mixers(model)
+    first = next(iter(mixers.values()))
+    rows = [sorted((state + group) % first.state_size for state in kept) for group in range(first.groups)]
+    plan = selection_plan(model, rows)
+    for name, mixer in mixers.items():
         if mixer.layout.CAN_REFIT:
-            identity = torch.eye(mixer.state_size)[kept]
+            identity = torch.eye(mixer.state_size)[torch.tensor(rows)]
             noise = torch.randn(identity.shape, generator=torch.Generator().manual_seed(1))
-            plan.layers[name] = dataclasses.replace(plan.layers[name], readout=(identity + 0.1 * noise)[None])
+            plan.layers[name] = dataclasses.replace(plan.layers[name], readout=identity + 0.1 * noise)
     return plan
 
 
@@ -79,9 +84,10 @@ class Loop:
 
 def shard(model: nn.Module, loop: Loop) -> nn.Module:
     options = loop.options()
-    for block in model.backbone.layers:
-        if "mixers" in loop.groups:
-            fully_shard(block.mixer, **options)
+    if "mixers" in loop.groups:
+        for mixer in find_mixers(model).values():
+            fully_shard(mixer.module, **options)
+    for block in blocks_of(model):
         if "blocks" in loop.groups:
             fully_shard(block, **options)
     return fully_shard(model, **options)
@@ -92,13 +98,13 @@ class Run:
 
     def __init__(self, loop: Loop, sharded: bool) -> None:
         self.loop, self.sharded = loop, sharded
-        self.model = lively(TINY[loop.architecture].build(**loop.build))
+        self.model = build(loop.architecture, **loop.build)
         if loop.checkpointing:
             self.model.gradient_checkpointing_enable()
         if sharded:
             shard(self.model, loop)
-        decayed = [parameter for parameter in self.model_parameters() if parameter.dim() > 1]
-        others = [parameter for parameter in self.model_parameters() if parameter.dim() == 1]
+        decayed = [parameter for parameter in trained(self.model) if parameter.dim() > 1]
+        others = [parameter for parameter in trained(self.model) if parameter.dim() == 1]
         self.optimizer = loop.optimizer([{"params": decayed}, {"params": others, "weight_decay": 0.0}])
         self.losses: list[float] = []
         self.norms: list[float] = []
@@ -117,7 +123,7 @@ class Run:
         count = self.loop.micro_batches
         for number, part in enumerate(tokens(ROWS, 12, seed=step).chunk(count), start=1):
             self.losses.append(self.backward(part, synchronize=number == count) / count)
-        parameters = list(self.model.parameters())
+        parameters = trained(self.model)
         norm = nn.utils.clip_grad_norm_(parameters, CLIP)
         self.norms.append(fsdp2.full_tensor(norm).item())
         self.optimizer.step()
@@ -140,7 +146,7 @@ class Run:
 
     def model_parameters(self) -> list[nn.Parameter]:
         """In the order of the optimizer's groups."""
-        parameters = list(self.model.parameters())
+        parameters = trained(self.model)
         return [p for p in parameters if p.dim() > 1] + [p for p in parameters if p.dim() == 1]
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -151,7 +157,7 @@ class Run:
         return {
             f"{name} {key}": whole(value)
             for name, parameter in self.model.named_parameters()
-            for key, value in self.optimizer.state[parameter].items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
             if isinstance(value, torch.Tensor)
         }
 
@@ -184,12 +190,14 @@ def compared(loop: Loop) -> dict[str, Any]:
         "classes": [type(module).__name__ for module in run.model.modules() if isinstance(module, FSDPModule)],
         "config": type(run.model.config).__name__,
         "keeps_more_in_memory": keeps_more_in_memory(run),
-        "same_groups": same_groups(run),
+        "same_groups": same_groups(run, plain),
     }
 
 
 def strip(report: dict[str, Any]) -> dict[str, Any]:
     for layer in report["layers"]:
+        # Of weights that are equal but for rounding.
+        assert layer.pop("rounding_error") < 1e-6
         layer["mixer_class"] = layer["mixer_class"].removeprefix("FSDP")
     return report
 
@@ -206,9 +214,10 @@ def keeps_more_in_memory(run: Run) -> bool:
     return False
 
 
-def same_groups(run: Run) -> bool:
+def same_groups(run: Run, plain: Run) -> bool:
     """Whether the groups hold what those of a new model with the same config do, in the same order, and as they do."""
-    model = shard(type(run.model).__bases__[1](run.model.config), run.loop)
+    model = copy.deepcopy(plain.model)
+    shard(model, run.loop)
     return groups_of(model) == groups_of(run.model) and settings_of(model) == settings_of(run.model)
 
 
@@ -230,6 +239,8 @@ def on_columns(parameter: nn.Parameter) -> Shard | None:
 TWICE = {1: project(5), 3: project(3, seed=1)}
 PROJECTED_AND_SELECTED = {1: project(5), 3: keep(0, 3)}
 
+# Its steps depend on the size of small gradients, and do not magnify what rounding does to them.
+SMOOTH = functools.partial(torch.optim.AdamW, lr=5e-3, weight_decay=0.1, eps=1e-3)
 LOOPS: dict[int, dict[str, Loop]] = {
     2: {
         "mamba": Loop(),
@@ -256,6 +267,11 @@ LOOPS: dict[int, dict[str, Loop]] = {
                 "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
             },
         ),
+        "falcon_mamba": Loop("falcon_mamba", optimizer=SMOOTH, groups=("mixers", "blocks"), evaluates=True),
+        "jamba": Loop("jamba", optimizer=SMOOTH),
+        # Its attention blocks are shared between layers, and fully_shard wants them all in one group.
+        "zamba": Loop("zamba", optimizer=SMOOTH, groups=("mixers",)),
+        **{name: Loop(name) for name in ADAPTED},
     },
     4: {
         "mamba, to one state": Loop(cuts={2: keep(3)}),
@@ -295,7 +311,7 @@ def mixed_precision() -> dict[str, Any]:
 
 def taken_back(architecture: str, realization: str) -> dict[str, Any]:
     """Cut, trained, given back the old size and weights: it goes on as if nothing had been cut."""
-    loop = Loop(architecture, {}, groups=("mixers", "blocks"))
+    loop = Loop(architecture, {}, groups=("mixers", "blocks"), optimizer=SMOOTH)
     run, plain = Run(loop, sharded=True), Run(loop, sharded=False)
     settings = config(realization=realization, calibration_tokens=96, schedule=[2], pragmatic=True)
     compressor = Compressor(settings, run.model, run.optimizer, total_steps=STEPS + 1)
@@ -303,7 +319,7 @@ def taken_back(architecture: str, realization: str) -> dict[str, Any]:
     for step in (1, 2):
         run.step(step)
         compressor.step(step)
-    small = run.model.config.state_size
+    small = state_size(run.model)
     run.step(3)
     compressor.take_back()
     after = groups_of(run.model), [type(module).__name__ for module in run.model.modules()]
@@ -486,6 +502,28 @@ def under_the_trainer(directory: Path, kind: str, architecture: str, realization
     return result
 
 
+def adapters_under_the_trainer(directory: Path) -> dict[str, Any]:
+    """Adapters are cut, saved with their plan, and put back on the uncut base without sharding."""
+    name, sizes = "mamba, DoRA", []
+    seen = AtStepEnd(range(1, 9), lambda model, **_: sizes.append(state_size(model)))
+    wrapping = {"transformer_layer_cls_to_wrap": ["MambaBlock"], "state_dict_type": "FULL_STATE_DICT"}
+    trainer = build_trainer(
+        build(name),
+        directory,
+        [CompreSSMCallback(config(calibration_tokens=96)), seen],
+        data=examples(96),
+        **{"fsdp": True, "fsdp_config": {"version": 2, **wrapping}, "save_strategy": "steps", "save_steps": 8},
+    )
+    trainer.train()
+    dist.barrier()
+    with torch.no_grad():
+        logits = trainer.model.eval()(input_ids=tokens()).logits
+    again = load_compressed_peft(build(ADAPTED[name][0]), directory / "checkpoint-8").eval()
+    with torch.no_grad():
+        difference = (again(input_ids=tokens()).logits - logits).abs().max().item()
+    return {"sizes": sizes, "difference": difference}
+
+
 def main() -> None:
     output = Path(sys.argv[1])
     dist.init_process_group("gloo")
@@ -494,11 +532,14 @@ def main() -> None:
         results["mixed precision"] = mixed_precision()
         results["taken back"] = taken_back("mamba", "stock")
         results["taken back, projected"] = taken_back("mamba2", "projected")
+        results["taken back, scaled"] = taken_back("falcon_mamba", "stock")
+        results["taken back, DoRA"] = taken_back("mamba, DoRA", "stock")
         results["failures"] = failures()
         results["refusals"] = refusals()
         force_fsdp_on_a_cpu()
         for name, arguments in TRAINERS.items():
             results[name] = under_the_trainer(output / name, *arguments)
+        results["adapters"] = adapters_under_the_trainer(output / "adapters")
     else:
         results["process groups"] = process_groups()
     (output / f"{RANK}.json").write_text(json.dumps(results))

@@ -26,14 +26,16 @@ from accelerate.utils import (
     save_fsdp_model,
     save_fsdp_optimizer,
 )
-from conftest import TINY, lively, projection_plan, selection_plan, tokens
+from conftest import projection_plan, selection_plan, tokens
 from launch import leave
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from trained import blocks_of
+from trained import build as build_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_compressm import CompressionPlan, CompreSSMConfig, Compressor, compress_, write_record
+from hf_compressm import CompressionPlan, CompreSSMConfig, Compressor, compress_, find_mixers, write_record
 from hf_compressm.reshape import reshape_checkpoint
 
 BEFORE, AFTER = range(3), range(3, 7)
@@ -42,18 +44,23 @@ SCENARIOS: dict[str, tuple[str, str, str, Any]] = {
     "ddp": ("mamba", "refitted", "ddp", None),
     "fsdp2 sharded": ("mamba", "refitted", "fsdp2", "SHARDED_STATE_DICT"),
     "fsdp2 sharded projected": ("mamba2", "projected", "fsdp2", "SHARDED_STATE_DICT"),
+    "fsdp2 sharded, scaled": ("falcon_mamba", "refitted", "fsdp2", "SHARDED_STATE_DICT"),
+    "fsdp2 full, scaled": ("jamba", "refitted", "fsdp2", "FULL_STATE_DICT"),
     "fsdp2 full": ("mamba2", "stock", "fsdp2", "FULL_STATE_DICT"),
     "fsdp2 full projected": ("mamba2", "projected", "fsdp2", "FULL_STATE_DICT"),
     "zero-1": ("mamba", "refitted", "zero", {"stage": 1}),
     "zero-2": ("mamba2", "stock", "zero", {"stage": 2}),
     "zero-2 projected": ("mamba2", "projected", "zero", {"stage": 2}),
+    "zero-1, scaled": ("falcon_mamba", "refitted", "zero", {"stage": 1}),
+    "zero-2, in heads": ("zamba", "refitted", "zero", {"stage": 2}),
+    "zero-3, scaled": ("jamba", "refitted", "zero", {"stage": 3}),
     "zero-3": ("mamba", "refitted", "zero", {"stage": 3}),
     "zero-3 subgroups projected": ("mamba2", "projected", "zero", {"stage": 3, "sub_group_size": 600}),
 }
 
 
 def build(architecture: str) -> nn.Module:
-    return lively(TINY[architecture].build())
+    return build_model(architecture)
 
 
 def make_plan(architecture: str, realization: str) -> CompressionPlan:
@@ -64,8 +71,9 @@ def make_plan(architecture: str, realization: str) -> CompressionPlan:
     plan = selection_plan(model, [0, 3, 5])
     if realization == "refitted":
         generator = torch.Generator().manual_seed(1)
-        for layer in plan.layers.values():
-            object.__setattr__(layer, "readout", torch.randn(1, 3, 8, generator=generator) / 3)
+        for name, mixer in find_mixers(model).items():
+            readout = torch.randn(mixer.groups, 3, 8, generator=generator) / 3
+            object.__setattr__(plan.layers[name], "readout", readout)
     return plan
 
 
@@ -74,7 +82,7 @@ def adamw(model: nn.Module) -> torch.optim.AdamW:
     decayed = [p for n, p in model.named_parameters() if p.dim() > 1 and not n.endswith("_projection")]
     others = [p for n, p in model.named_parameters() if p.dim() <= 1 or n.endswith("_projection")]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=5e-3)
+    return torch.optim.AdamW(groups, lr=5e-3, eps=1e-3)
 
 
 def train(model: nn.Module, optimizer: Any, steps: range, backward: Callable | None = None) -> list[float]:
@@ -157,7 +165,7 @@ def run_fsdp2(directory: Path, architecture: str, plan: CompressionPlan, kind: s
 
     def sharded(model: nn.Module) -> tuple[nn.Module, torch.optim.AdamW]:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        for layer in model.backbone.layers:
+        for layer in blocks_of(model):
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
         return model, adamw(model)

@@ -34,7 +34,7 @@ def test_processes_are_bit_identical(launched, name):
 @pytest.mark.parametrize("name", LOOPS)
 def test_two_processes_equal_one_with_the_doubled_batch(launched, name):
     two, one = launched[0][0][name], LOOPS[name]()
-    full_size_again = name.endswith(("taken_back", "loaded_from_before_the_cut"))
+    full_size_again = name.endswith(("taken_back", "loaded_from_before_the_cut", "undone", "reloaded"))
     if name == "projected_by_a_budget":
         assert sum(one["sizes"]) == 8 and two["state_size"] == one["state_size"] == min(one["sizes"])
     else:
@@ -46,6 +46,10 @@ def test_two_processes_equal_one_with_the_doubled_batch(launched, name):
     assert two["kept"] == one["kept"]
     assert two.get("small") == one.get("small") == (4 if full_size_again else None)
     torch.testing.assert_close(two["losses"], one["losses"], rtol=0, atol=2e-5)
+    # Weights and moments; a refit magnifies what rounding did to the states.
+    assert two["sums"].keys() == one["sums"].keys()
+    for name, numbers in one["sums"].items():
+        assert two["sums"][name] == pytest.approx(numbers, rel=5e-3, abs=1e-5), name
 
 
 def test_communication_hooks_stay(launched):

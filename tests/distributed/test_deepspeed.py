@@ -74,6 +74,15 @@ def test_removing_silent_states_changes_nothing(runs, precision, stage):
         "ZeRO-2, torch's backward",
         "ZeRO-2, small buckets, shuffled",
         "ZeRO-1, overlapping, all-reduced",
+        "ZeRO-1, falcon_mamba",
+        "ZeRO-2, falcon_mamba",
+        "ZeRO-2, jamba",
+        "ZeRO-1, zamba",
+        "ZeRO-2, zamba",
+        "ZeRO-2, mamba, LoRA",
+        "ZeRO-2, mamba, DoRA",
+        "ZeRO-2, mamba2, LoRA",
+        "ZeRO-2, mamba2, DoRA",
     ],
 )
 def test_two_processes_equal_one_without_deepspeed(worker, runs, name):
@@ -109,9 +118,23 @@ def test_a_cut_is_taken_back(worker, runs):
     assert bf16["of the kept"] == runs[0]["bf16, ZeRO-1, uncut"]["of the kept"]
 
 
+@pytest.mark.parametrize("name", ["falcon_mamba", "mamba, DoRA"])
+def test_a_cut_of_scaled_or_adapted_layers_is_taken_back(worker, runs, name):
+    result, uncut = runs[0][f"taken back, {name}"], worker.alone(name, cutting=False)
+    assert result["small"] == 4
+    assert close(result["losses"], uncut["losses"], 2e-6)
+    # An undone engine holds the whole moments; the worker looks at what a cut would keep.
+    for state, numbers in uncut["of the kept"].items():
+        assert close(result["of the kept"][state], numbers, 1e-5), state
+
+
 def test_refit_is_made_of_the_master_weights(runs):
     """And what the optimizer was told meanwhile, such as the loss scale, is not forgotten."""
     assert runs[0]["refitted"] == {"refitted": True, "rounded": True, "carried": True}
+
+
+def test_doras_magnitudes_follow_the_rows_that_they_belong_to(runs):
+    assert runs[0]["refitted, DoRA"]["difference"] < 1e-6
 
 
 @pytest.mark.parametrize(
@@ -126,6 +149,7 @@ def test_refit_is_made_of_the_master_weights(runs):
         ("compress_", "cut it with reshape_checkpoint"),
         ("pragmatic", "only a checkpoint of it can be cut"),
         ("projected", "realization='projected' adds parameters"),
+        ("adapters", "one of adapters does not hold their base. Train with DDP, FSDP2 or DeepSpeed ZeRO-1 or -2"),
     ],
 )
 def test_what_cannot_be_cut_is_named(runs, what, reason):

@@ -70,7 +70,7 @@ def test_mixed_precision_is_kept(launched):
         torch.testing.assert_close(cut["losses"], whole["losses"], rtol=0, atol=2e-3)
 
 
-@pytest.mark.parametrize("name", ["taken back", "taken back, projected"])
+@pytest.mark.parametrize("name", ["taken back", "taken back, projected", "taken back, scaled", "taken back, DoRA"])
 def test_a_cut_that_is_taken_back_leaves_no_trace(launched, name):
     result = launched[2][0][name]
     assert result["as_before"]
@@ -141,6 +141,12 @@ def test_what_a_trainer_saves_loads_without_sharding(launched, run):
     architectures, auto_map = projected["saved_as"]
     assert architectures == ["CompressmMamba2ForCausalLM"]
     assert auto_map["AutoModelForCausalLM"] == "modeling_compressm.CompressmMamba2ForCausalLM"
+
+
+def test_adapters_are_cut_under_the_trainer_and_put_back(launched):
+    for own in launched[2]:
+        assert own["adapters"]["sizes"] == [8, 8] + [4] * 6
+        assert own["adapters"]["difference"] < 1e-5
 
 
 def test_classes_of_sharded_modules_become_projected_ones_and_go_back():
