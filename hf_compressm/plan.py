@@ -34,7 +34,8 @@ class LayerPlan:
         state_size_before: N.
         kept: the states that stay, in rising order, shape (groups, r), int64; None if the layer is projected.
         readout: M with new rows W_C' = M W_C, shape (groups, r, N), float32; None if C's rows are only selected.
-        scales: role of a `StateAxis` → the number that all entries of that role are multiplied with.
+        scales: role of a `StateAxis` → the number that all entries of that role are multiplied with, or a list with
+            one for each state that stays.
         criterion: the name of the score the states were ranked by; `balanced truncation` if the layer is projected.
         refit: how the readout or the projection was found: `conjugate gradients`, `mean field`, `balanced`,
             `alternating least squares` or `none`.
@@ -61,7 +62,7 @@ class LayerPlan:
     hankel_values: list[list[float]] | None = None
     expected_errors: dict[str, float] = field(default_factory=dict)
     groups: int = 1
-    scales: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, float | list[float]] = field(default_factory=dict)
 
     @property
     def realization(self) -> str:

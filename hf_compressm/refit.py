@@ -42,13 +42,13 @@ class Readout:
         relative_error: √(Σ w (y−ŷ)² / Σ w y²) on the calibration tokens. M has few numbers beside tokens × channels
             outputs, so on fresh tokens it is about the same.
         method: `conjugate gradients`, `mean field` or `none`.
-        scales: role → what its entries are multiplied with; only where B and C are normalized.
+        scales: role → what its rows are multiplied with; only where B and C are normalized.
     """
 
     matrix: torch.Tensor | None
     relative_error: float
     method: str
-    scales: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, float | list[float]] = field(default_factory=dict)
 
 
 def mean_field_readout(state_gram: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -191,7 +191,7 @@ def _result(mixer: Mixer, systems: list[TokenSystem], fits: list[_Fit], kept: to
     if systems[0].norm is not None:
         norm, layout = systems[0].norm, mixer.layout
         matrices = [layout.raw_readout(matrices[0], norm.kept, norm.weight)]
-        scales = layout.scales(mixer.parts, norm.B_gain, fits[0].gain, kept.shape[1])
+        scales = layout.scales(mixer.parts, norm.B_gain, fits[0].gain, norm.B_balance, norm.C_balance)
     methods = {fit.method for fit in fits}
     return Readout(
         matrix=torch.stack(matrices).float(),

@@ -202,10 +202,12 @@ def _validate_layer(name: str, layer: LayerPlan, mixer: Mixer) -> None:
     if any(len(set(row)) != len(row) for row in kept.tolist()):
         raise ValueError(f"layer {name}: kept indices {kept.tolist()} repeat a state")
     known = {role for axis in mixer.axes for role in (*axis.roles, axis.whole)}
-    if not set(layer.scales) <= known or not all(math.isfinite(s) and s > 0 for s in layer.scales.values()):
+    numbers = [s if isinstance(s, list) else [s] for s in layer.scales.values()]
+    fitting = all(len(s) in (1, kept.shape[1]) and all(math.isfinite(x) and x > 0 for x in s) for s in numbers)
+    if not (set(layer.scales) <= known and fitting):
         raise ValueError(
-            f"layer {name}: the plan scales {layer.scales}; expected positive numbers for some of "
-            f"{sorted(known - {None})}"
+            f"layer {name}: the plan scales {layer.scales}; expected a positive number, or one for each of the "
+            f"{kept.shape[1]} states that stay, for some of {sorted(known - {None})}"
         )
     if layer.readout is None:
         return

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from .mixers import Mixer, ScanInputs, stream_states
-from .mixers.mamba1_normalized import raw_readout, root_mean_square, row_scale
+from .mixers.mamba1_normalized import balance, has_weights, raw_readout, root_mean_square, row_scale
 from .statistics import StateStatistics
 
 
@@ -28,6 +28,7 @@ class ReadoutNorm:
         root: √(mean c_t² + ε), shape (tokens,).
         epsilon: ε.
         B_gain: κ_B.
+        B_balance, C_balance: α of the rows of B and of C, shape (r,).
     """
 
     kept: torch.Tensor
@@ -36,12 +37,15 @@ class ReadoutNorm:
     root: torch.Tensor
     epsilon: float
     B_gain: float
+    B_balance: torch.Tensor
+    C_balance: torch.Tensor
 
     def ratio(self, matrix: torch.Tensor) -> torch.Tensor:
-        """s √(mean c² + ε) / √(mean c'² + ε) with c' = s M c, of which κ_C is the average's inverse; (tokens,)."""
+        """s √(mean c² + ε) / √(mean c'² + ε) with c' = s α M c, of which κ_C is the average's inverse; (tokens,)."""
         raw_matrix = raw_readout(matrix.to(self.raw.device), self.kept.to(self.raw.device), self.weight)
         scale = row_scale(*raw_matrix.shape)
-        smaller = root_mean_square(scale * (self.raw @ raw_matrix.to(self.raw).T), self.epsilon)[:, 0]
+        rows = scale * self.C_balance * (self.raw @ raw_matrix.to(self.raw).T)
+        smaller = root_mean_square(rows, self.epsilon)[:, 0]
         return scale * self.root / smaller
 
 
@@ -105,12 +109,13 @@ def token_systems(
     """
     device = statistics.state_gram.device
     kept, start = kept.to(device), start.to(device, torch.float32)
-    B_gain = _average_B_gain(mixer, statistics, kept)
+    balances = _balances(mixer, statistics, kept, start)
+    B_gain = _average_B_gain(mixer, statistics, kept, balances)
     parts: list[list[list[torch.Tensor]]] = [[] for _ in kept]
     norm = None
     for inputs in _recomputed(mixer, statistics):
         norm = inputs.normalization
-        extended = inputs if norm is None else _with_kept_states(inputs, kept[0], B_gain)
+        extended = inputs if norm is None else _with_kept_states(inputs, kept[0], B_gain, balances)
         for first, states in stream_states(extended):
             for group, part in enumerate(_parts(inputs, first, states, kept, start)):
                 parts[group].append([tensor.flatten(0, 1) for tensor in part])
@@ -122,7 +127,7 @@ def token_systems(
         own_norm = None
         if norm is not None:
             root = root_mean_square(raw[0], norm.epsilon)[:, 0]
-            own_norm = ReadoutNorm(kept[0].cpu(), norm.C_weight, raw[0], root, norm.epsilon, B_gain)
+            own_norm = ReadoutNorm(kept[0].cpu(), norm.C_weight, raw[0], root, norm.epsilon, B_gain, *balances)
         systems.append(TokenSystem(gram, p, C, error, energy, v, own_norm))
     return systems
 
@@ -153,28 +158,50 @@ def _recomputed(mixer: Mixer, statistics: StateStatistics) -> Iterator[ScanInput
             yield mixer.scan_inputs(hidden_states.to(device), mask)
 
 
-def _B_ratio(inputs: ScanInputs, kept: torch.Tensor) -> torch.Tensor:
+Balances = tuple[torch.Tensor, torch.Tensor]
+
+
+def _balances(mixer: Mixer, statistics: StateStatistics, kept: torch.Tensor, start: torch.Tensor) -> Balances | None:
+    """α of the rows of B and of C, which norms with weights allow; ones for those without. None without norms."""
+    if not mixer.is_normalized:
+        return None
+    ones = torch.ones(kept.shape[1], device=kept.device)
+    if not has_weights(mixer.parts):
+        return ones, ones
+    squares: list[list[torch.Tensor]] = []
+    for inputs in _recomputed(mixer, statistics):
+        norm, real = inputs.normalization, inputs.mask.bool()
+        b, c = norm.b[:, :, 0][real], norm.c[:, :, 0][real]
+        c_kept = c @ raw_readout(start[0], kept[0], norm.C_weight).T
+        means = [features.square().mean(-1) + norm.epsilon for features in (b, c)]
+        squares.append([b[:, kept[0]].square(), means[0], c_kept.square(), means[1]])
+    b_kept, b_mean, c_kept, c_mean = (torch.cat(column) for column in zip(*squares, strict=True))
+    size = statistics.state_size
+    return balance(b_kept, b_mean, norm.epsilon, size), balance(c_kept, c_mean, norm.epsilon, size)
+
+
+def _B_ratio(inputs: ScanInputs, kept: torch.Tensor, balances: Balances) -> torch.Tensor:
     """How many times larger, up to κ_B, B_t of the kept states is without the others, (batch, length, 1, 1)."""
     norm = inputs.normalization
     scale = row_scale(len(kept), norm.b.shape[-1])
-    smaller = root_mean_square(scale * norm.b[..., kept], norm.epsilon)
+    smaller = root_mean_square(scale * balances[0] * norm.b[..., kept], norm.epsilon)
     return scale * root_mean_square(norm.b, norm.epsilon) / smaller
 
 
-def _average_B_gain(mixer: Mixer, statistics: StateStatistics, kept: torch.Tensor) -> float:
+def _average_B_gain(mixer: Mixer, statistics: StateStatistics, kept: torch.Tensor, balances: Balances | None) -> float:
     """κ_B, with which B_t of the kept states is as large as before on average."""
-    if not mixer.is_normalized:
+    if balances is None:
         return 1.0
     total = tokens = 0.0
     for inputs in _recomputed(mixer, statistics):
-        total += float((_B_ratio(inputs, kept[0])[..., 0, 0] * inputs.mask).double().sum())
+        total += float((_B_ratio(inputs, kept[0], balances)[..., 0, 0] * inputs.mask).double().sum())
         tokens += float(inputs.mask.double().sum())
     return tokens / total
 
 
-def _with_kept_states(inputs: ScanInputs, kept: torch.Tensor, B_gain: float) -> ScanInputs:
+def _with_kept_states(inputs: ScanInputs, kept: torch.Tensor, B_gain: float, balances: Balances) -> ScanInputs:
     """A recurrence with r states more: the kept ones as they are without the others."""
-    B = inputs.B[..., kept] * (B_gain * _B_ratio(inputs, kept))
+    B = inputs.B[..., kept] * (B_gain * _B_ratio(inputs, kept, balances))
     return dataclasses.replace(
         inputs, A=torch.cat([inputs.A, inputs.A[..., kept]], dim=-1), B=torch.cat([inputs.B, B], dim=-1)
     )

@@ -48,7 +48,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "jamba",
         mamba1_normalized,
         "mamba_d_state",
-        note="As Falcon-Mamba, but the norms' own weights are scaled along.",
+        note="As Falcon-Mamba, but the norms' own weights are scaled along, which leaves less to make up for.",
     ),
     "ZambaMambaMixer": Architecture(
         "zamba",

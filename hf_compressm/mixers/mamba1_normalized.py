@@ -14,6 +14,10 @@ What the constants κ_B and κ_C make up for on average (1/s each, for states th
 weights of the norms where there are any. Where not, the scan's output becomes κ_B κ_C times too small, so out_proj is
 multiplied by that, and the skip D divided by it. So the removal of states with zero b_t and c_t is exact, and a stock
 checkpoint says all there is to say: neither ε nor the config has to change.
+
+Weights behind the norms (Jamba) allow more: rows multiplied by α_n > 0, and the weights divided by it, leave the
+numerators as they are and change the mean to that of (s α_n b_t[n])². The α are chosen so that it is, for as many
+tokens as possible, what it was with all states (`balance`).
 """
 
 from __future__ import annotations
@@ -34,6 +38,9 @@ CAN_REFIT = True
 
 # A norm's weight below this share of the largest one is not divided by.
 SMALLEST_WEIGHT = 1e-3
+# The least α beside the largest, and the number of updates that find them.
+SMALLEST_BALANCE = 0.1
+BALANCE_STEPS = 500
 
 
 def has_weights(mixer: nn.Module) -> bool:
@@ -112,10 +119,43 @@ def raw_readout(readout: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor)
     return readout * weight / divisor[:, None]
 
 
-def scales(mixer: nn.Module, B_gain: float, C_gain: float, kept: int) -> dict[str, float]:
-    """What entries of each role are multiplied with: role → number; κ_B and κ_C as in the module's docstring."""
-    scale = row_scale(kept, mixer.ssm_state_size)
-    rows = {"B": scale, "C": scale}
-    if has_weights(mixer):
-        return rows | {"B norm": B_gain, "C norm": C_gain}
-    return rows | {"D": 1 / (B_gain * C_gain), "out": B_gain * C_gain}
+def balance(squares: torch.Tensor, mean_squares: torch.Tensor, epsilon: float, state_size: int) -> torch.Tensor:
+    """α with Σ_n α_n² b_t[n]² / N as close as possible to the mean of all states' b_t², relative to that.
+
+    Non-negative least squares for α², by multiplicative updates (Lee and Seung, NIPS 2000) from α = 1, which is the
+    solution where the removed states are zero.
+
+    Args:
+        squares: b_t² of the states that stay, shape (tokens, r).
+        mean_squares: mean_n b_t[n]² + ε of all states, shape (tokens,).
+        epsilon: ε.
+        state_size: N.
+
+    Returns:
+        α, shape (r,), float32, on the device of the squares.
+    """
+    shares = (squares / state_size / mean_squares[:, None]).double()
+    wanted = shares.T @ (1 - epsilon / mean_squares.double())
+    products = shares.T @ shares
+    alpha_squared = torch.ones_like(wanted)
+    for _ in range(BALANCE_STEPS):
+        alpha_squared = alpha_squared * wanted / (products @ alpha_squared).clamp_min(torch.finfo(wanted.dtype).tiny)
+    # A state that is hardly ever written keeps rows of a size that can be trained.
+    alpha = alpha_squared.clamp_min(0).sqrt()
+    return alpha.clamp_min(SMALLEST_BALANCE * float(alpha.max())).float()
+
+
+def scales(
+    mixer: nn.Module, B_gain: float, C_gain: float, B_balance: torch.Tensor, C_balance: torch.Tensor
+) -> dict[str, float | list[float]]:
+    """What rows of each role are multiplied with: role → numbers; κ_B, κ_C and α as in the module's docstring."""
+    scale = row_scale(len(B_balance), mixer.ssm_state_size)
+    if not has_weights(mixer):
+        gain = B_gain * C_gain
+        return {"B": scale, "C": scale, "D": 1 / gain, "out": gain}
+    return {
+        "B": (scale * B_balance).tolist(),
+        "C": (scale * C_balance).tolist(),
+        "B norm": (B_gain / B_balance).tolist(),
+        "C norm": (C_gain / C_balance).tolist(),
+    }

@@ -12,6 +12,10 @@ from torch import nn
 CHUNK_ELEMENTS = 2**22
 
 
+# Role of a `StateAxis` → what a cut multiplies its rows with: one number, or one for each state that stays.
+Scales = Mapping[str, float | list[float]]
+
+
 @dataclass(frozen=True)
 class StateAxis:
     """One dimension of one parameter that a change of the state size N changes.
@@ -92,18 +96,18 @@ class StateAxis:
         readout = readout.to(rows)
         return (readout[number % len(readout)] if self.group_dim is None else readout) @ rows
 
-    def factors(self, scales: Mapping[str, float], state_size: int) -> torch.Tensor | None:
+    def factors(self, scales: Scales, state_size: int) -> torch.Tensor | None:
         """What the entries along `dim` are multiplied with; None if nothing is.
 
         Args:
-            scales: role → number.
+            scales: role → a number for all of its rows, or one for each state.
             state_size: N of the parameter.
         """
         if not any(role in scales for role in (*self.roles, self.whole)):
             return None
         factors = torch.full((self.length(state_size),), scales.get(self.whole, 1.0), dtype=torch.float64)
         for number, role in enumerate(self.roles):
-            factors[self.block(number, state_size)] = scales.get(role, 1.0)
+            factors[self.block(number, state_size)] = torch.tensor(scales.get(role, 1.0), dtype=torch.float64)
         return factors
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
+import numpy as np
 import pytest
+import scipy.optimize
 import torch
 from conftest import MAMBA1_FAMILY, silence_states, stir, tokens
 from torch import nn
 
 from hf_compressm import CompreSSMConfig, compress, compress_, find_mixers, measure, plan_compression
-from hf_compressm.mixers import Mixer, stream_states
-from hf_compressm.mixers.mamba1_normalized import raw_readout
+from hf_compressm.mixers import Mixer, mamba1_normalized, stream_states
+from hf_compressm.mixers.mamba1_normalized import balance, raw_readout
 from hf_compressm.optimizer_state import POWERS
 
 NORMALIZED = ["falcon_mamba", "jamba"]
@@ -148,7 +151,7 @@ def test_training_goes_on_much_as_it_would_have(name, optimizer):
     for cuts in (False, True):
         model = build(name).train()
         silence_states(model, SILENT)
-        rate = {"AdamW": 3e-3, "SGD": 3e-2}[optimizer]
+        rate = {"AdamW": 3e-3, "SGD": 1e-2}[optimizer]
         trainer = getattr(torch.optim, optimizer)(model.parameters(), lr=rate)
         own: list[float] = []
         for number in range(60):
@@ -164,7 +167,7 @@ def test_training_goes_on_much_as_it_would_have(name, optimizer):
     torch.testing.assert_close(cut[:11], whole[:11], rtol=1e-5, atol=1e-5)
     assert (cut - whole).abs()[11:20].max() < 0.15 * whole[0]
     start, with_all, without = whole[:4].mean(), whole[-8:].mean(), cut[-8:].mean()
-    assert with_all < 0.9 * start and without < 0.9 * start
+    assert with_all < 0.95 * start and without < 0.95 * start
     assert without < 1.25 * with_all
 
 
@@ -234,3 +237,70 @@ def test_a_tolerance_holds_for_what_is_measured(name, refit):
         one_less = CompreSSMConfig(state_size=kept - 1, refit=refit, refit_steps=0)
         fewer = plan_compression(model, statistics, one_less).layers[layer]
         assert fewer.relative_error > tolerance
+
+
+def features(seed: int = 0, count: int = 200) -> torch.Tensor:
+    """b_t of 8 states, of very different sizes that change with time."""
+    generator = torch.Generator().manual_seed(seed)
+    rhythms = torch.rand(count, 3, generator=generator) @ torch.rand(3, 8, generator=generator) ** 4
+    return torch.randn(count, 8, generator=generator) * rhythms
+
+
+def test_balances_are_the_non_negative_least_squares():
+    b, epsilon = features(), 1e-3
+    mean_squares = b.square().mean(-1) + epsilon
+    alpha = balance(b[:, KEPT].square(), mean_squares, epsilon, 8)
+    shares = b[:, KEPT].square() / 8 / mean_squares[:, None]
+    wanted = 1 - epsilon / mean_squares
+    expected, residual = scipy.optimize.nnls(shares.double().numpy(), wanted.double().numpy())
+    assert (expected > 0.02 * expected.max()).all()
+    np.testing.assert_allclose(alpha.square().numpy(), expected, rtol=1e-3)
+    constant = (shares.sum(1) - wanted).norm()
+    assert residual < 0.95 * constant
+
+
+def test_balances_are_one_where_the_removed_states_are_zero():
+    b = features()
+    b[:, SILENT] = 0
+    mean_squares = b.square().mean(-1) + 0.1
+    torch.testing.assert_close(balance(b[:, KEPT].square(), mean_squares, 0.1, 8), torch.ones(3))
+
+
+def test_a_balance_is_never_much_smaller_than_the_others():
+    b = features()
+    b[:, 2] *= 1e4
+    alpha = balance(b[:, KEPT].square(), features().square().mean(-1), 0.0, 8)
+    assert torch.isfinite(alpha).all()
+    assert alpha.min() == pytest.approx(mamba1_normalized.SMALLEST_BALANCE * alpha.max().item())
+
+
+def test_balances_make_a_cut_of_jamba_better(monkeypatch):
+    errors = []
+    for balanced in (False, True):
+        model = build("jamba")
+        with torch.no_grad():
+            for mixer in find_mixers(model).values():
+                # Rows of different sizes, as training makes them.
+                mixer.module.x_proj.weight[1:] *= torch.logspace(-1, 1, 16)[:, None]
+        statistics = measure(model, [tokens(64, 32)])
+        with monkeypatch.context() as patch:
+            if not balanced:
+                patch.setattr("hf_compressm.token_systems.balance", lambda squares, *_: torch.ones(squares.shape[1]))
+            plan = plan_compression(model, statistics, CompreSSMConfig(state_size=3))
+        compress_(model, plan)
+        errors.append([layer.relative_error for layer in plan.layers.values()])
+    assert all(better < 0.99 * worse for worse, better in zip(*errors, strict=True))
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [{"B": -1.0}, {"B": [1.0, 1.0]}, {"B": [1.0, float("nan"), 1.0]}, {"D": 2.0}, {"X": 1.0}],
+    ids=str,
+)
+def test_scales_that_do_not_fit_are_refused(scales):
+    model = build("jamba")
+    plan = lossless_plan(model)
+    name = next(iter(plan.layers))
+    plan.layers[name] = dataclasses.replace(plan.layers[name], scales=scales)
+    with pytest.raises(ValueError, match=r"the plan scales .*expected a positive number, or one for each of the 3"):
+        compress_(model, plan)
