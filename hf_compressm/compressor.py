@@ -153,7 +153,7 @@ class Compressor:
         if not self.stopped:
             self._check_target()
         self._warn_of_untrained_states()
-        for message in bypassed_adapters(find_mixers(self.model).values()):
+        for message in bypassed_adapters({name: mixer.module for name, mixer in find_mixers(self.model).items()}):
             self._warn(message)
         self._done_until = 0
         self._announced_wait = False

@@ -13,9 +13,8 @@ import contextlib
 import copy
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -24,9 +23,6 @@ from transformers.utils import logging
 from ..distributed.fsdp2 import full_tensor, is_made_of_plain_tensors
 from ..distributed.wrappers import is_kind
 from .scan import StateAxis
-
-if TYPE_CHECKING:
-    from .mixer import Mixer
 
 logger = logging.get_logger(__name__)
 
@@ -292,20 +288,20 @@ def adapted_parameters(wrappers: Iterable[nn.Module]) -> Iterator[None]:
             setattr(module, name, original)
 
 
-def bypassed_adapters(mixers: Iterable[Mixer]) -> list[str]:
-    """What to warn of: adapters that a model's forward goes past, since it reads the layer's weight itself."""
+def bypassed_adapters(mixers: Mapping[str, nn.Module]) -> list[str]:
+    """What to warn of: adapters of mixers, by their names, that a forward goes past: it reads the weight itself."""
     reasons = {
         "dt_proj": "the forward reads dt_proj.weight itself: it has no effect and is not trained",
         "x_proj": "mamba_ssm's fused kernel reads x_proj.weight itself: it is not trained, but has its effect in "
         "evaluation",
     }
     bypassed: dict[str, list[str]] = {}
-    for mixer in mixers:
+    for name, mixer in mixers.items():
         for layer in reasons:
-            if is_kind(getattr(mixer.module, layer, None), "BaseTunerLayer") and (
-                layer == "dt_proj" or _has_fused_kernel(mixer.module)
+            if is_kind(getattr(mixer, layer, None), "BaseTunerLayer") and (
+                layer == "dt_proj" or _has_fused_kernel(mixer)
             ):
-                bypassed.setdefault(layer, []).append(f"{mixer.name}.{layer}")
+                bypassed.setdefault(layer, []).append(f"{name}.{layer}")
     return [f"the adapter of {', '.join(names)} is bypassed: {reasons[layer]}" for layer, names in bypassed.items()]
 
 
