@@ -40,7 +40,8 @@ class LayerPlan:
         refit: how the readout or the projection was found: `conjugate gradients`, `mean field`, `balanced`,
             `alternating least squares` or `none`.
         relative_error: √(Σ w (y−ŷ)² / Σ w y²) of what the layer passes on, measured on the calibration tokens.
-        error_curve: the expected relative error with 0, 1, …, N states kept, N + 1 numbers.
+        error_curve: the expected relative error with 0, 1, …, N states kept, N + 1 numbers. Where B and C are
+            normalized and no tolerance asked for a measured one, too low: sums do not know what the norms lose.
         B_projection, C_projection: [W_1 | ... | W_G] and [V_1 | ... | V_G], from the present N states to the r new
             ones, shape (N, groups × r), float32; None if states are selected.
         hankel_values: the Hankel singular values measured on the data, in falling order, N for each group; only where

@@ -73,8 +73,12 @@ def plan_compression(
         if processes.owns(number):
             mine[name] = (layer.mixer or mixer, layer)
     with processes.all_or_none("ranking states"):
-        for mixer, _ in mine.values():
+        for name, (mixer, layer) in mine.items():
             _check_parameters(mixer)
+            if _needs_inputs(mixer, config) and not layer.inputs:
+                raise ValueError(
+                    f"layer {name}: the statistics hold no recorded inputs, which this plan needs; measure again"
+                )
         ranked = {name: _rank(*layer, config) for name, layer in mine.items()}
         outlooks = {name: _look_ahead(*layer, ranked[name], config) for name, layer in mine.items()}
     outlooks = _tell_each_other(outlooks, processes)
@@ -252,10 +256,10 @@ def refuse_projection(mixers: list[Mixer]) -> None:
                 "for mixers from outside Transformers. Use realization='stock', or the model's class in Transformers"
             )
         raise ValueError(
-            f"layer {mixer.name}: {type(mixer.module).__name__} cannot be projected. In {mixer.layout.NAME}, each "
-            "channel's states decay at rates of their own, so a change of the state's basis does not commute with the "
-            "dynamics, and all channels share B and C. Use realization='stock' with one state_size: selection with "
-            "the refit of C loses little there"
+            f"layer {mixer.name}: {type(mixer.module).__name__} cannot be projected. In its layout "
+            f"({mixer.layout.NAME}), each channel's states decay at rates of their own, so a change of the state's "
+            "basis does not commute with the dynamics, and channels share B and C. Use realization='stock' with one "
+            "state_size: selection with the refit of C loses little there"
         )
 
 

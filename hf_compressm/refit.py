@@ -154,7 +154,7 @@ def measured_selection_curve(
 
 @dataclass(frozen=True)
 class _Fit:
-    """The readout M of one group, (r, N) float64; the gain κ_C; Σ w (y−ŷ)² with them; and how M was found."""
+    """The readout M of one group, (r, N) float64; the gain κ; Σ w (y−ŷ)² with them; and how M was found."""
 
     matrix: torch.Tensor
     gain: float
@@ -191,7 +191,7 @@ def _result(mixer: Mixer, systems: list[TokenSystem], fits: list[_Fit], kept: to
     if systems[0].norm is not None:
         norm, layout = systems[0].norm, mixer.layout
         matrices = [layout.raw_readout(matrices[0], norm.kept, norm.weight)]
-        scales = layout.scales(mixer.parts, norm.B_gain, fits[0].gain, norm.B_balance, norm.C_balance)
+        scales = layout.scales(mixer.parts, fits[0].gain, norm.B_balance, norm.C_balance)
     methods = {fit.method for fit in fits}
     return Readout(
         matrix=torch.stack(matrices).float(),

@@ -107,9 +107,9 @@ def compress_(model: nn.Module, plan: CompressionPlan, optimizer: Optimizer | No
         elif optimizer is not None:
             optimizer = unwrap_optimizer(optimizer)
         mixers = find_mixers(bare)
-        validate(plan, mixers)
         for mixer in mixers.values():
             check_mixer(mixer)
+        validate(plan, mixers)
         _refuse_shared_parameters(bare, mixers, plan)
         own_hooks = set() if engine is None else deepspeed.hooks_of(engine)
         for name, layer in plan.changes.items():
@@ -201,13 +201,14 @@ def _validate_layer(name: str, layer: LayerPlan, mixer: Mixer) -> None:
         raise ValueError(f"layer {name}: kept indices {kept.tolist()} reach outside 0..{before - 1}")
     if any(len(set(row)) != len(row) for row in kept.tolist()):
         raise ValueError(f"layer {name}: kept indices {kept.tolist()} repeat a state")
-    known = {role for axis in mixer.axes for role in (*axis.roles, axis.whole)}
+    # Without them, the norms on B and C would make the outputs larger or smaller.
+    roles = mixer.layout.scaled_roles(mixer.parts) if mixer.is_normalized and layer.is_change else set()
     numbers = [s if isinstance(s, list) else [s] for s in layer.scales.values()]
     fitting = all(len(s) in (1, kept.shape[1]) and all(math.isfinite(x) and x > 0 for x in s) for s in numbers)
-    if not (set(layer.scales) <= known and fitting):
+    if set(layer.scales) != roles or not fitting:
         raise ValueError(
             f"layer {name}: the plan scales {layer.scales}; expected a positive number, or one for each of the "
-            f"{kept.shape[1]} states that stay, for some of {sorted(known - {None})}"
+            f"{kept.shape[1]} states that stay, for each of {sorted(roles)}"
         )
     if layer.readout is None:
         return

@@ -27,7 +27,6 @@ class ReadoutNorm:
         raw: c_t, what the norm takes, shape (tokens, N).
         root: √(mean c_t² + ε), shape (tokens,).
         epsilon: ε.
-        B_gain: κ_B.
         B_balance, C_balance: α of the rows of B and of C, shape (r,).
     """
 
@@ -36,17 +35,16 @@ class ReadoutNorm:
     raw: torch.Tensor
     root: torch.Tensor
     epsilon: float
-    B_gain: float
     B_balance: torch.Tensor
     C_balance: torch.Tensor
 
     def ratio(self, matrix: torch.Tensor) -> torch.Tensor:
-        """s √(mean c² + ε) / √(mean c'² + ε) with c' = s α M c, of which κ_C is the average's inverse; (tokens,)."""
+        """√(mean c² + ε) / √(mean c'² + ε) with c' = s α M c: how M C_t changes behind the norm, shape (tokens,)."""
         raw_matrix = raw_readout(matrix.to(self.raw.device), self.kept.to(self.raw.device), self.weight)
         scale = row_scale(*raw_matrix.shape)
         rows = scale * self.C_balance * (self.raw @ raw_matrix.to(self.raw).T)
         smaller = root_mean_square(rows, self.epsilon)[:, 0]
-        return scale * self.root / smaller
+        return self.root / smaller
 
 
 @dataclass(frozen=True)
@@ -83,7 +81,7 @@ class TokenSystem:
         return self.C if self.norm is None else self.C * (gain * self.norm.ratio(matrix))[:, None]
 
     def best_gain(self, matrix: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """κ_C for which a readout's error is the least (1 where there is no norm), and that error."""
+        """κ for which a readout's error is the least (1 where there is no norm), and that error."""
         v = self.features(matrix, 1.0) @ matrix.to(self.C).T
         if self.norm is None:
             return 1.0, self.error_after(v)
@@ -110,12 +108,11 @@ def token_systems(
     device = statistics.state_gram.device
     kept, start = kept.to(device), start.to(device, torch.float32)
     balances = _balances(mixer, statistics, kept, start)
-    B_gain = _average_B_gain(mixer, statistics, kept, balances)
     parts: list[list[list[torch.Tensor]]] = [[] for _ in kept]
     norm = None
     for inputs in _recomputed(mixer, statistics):
         norm = inputs.normalization
-        extended = inputs if norm is None else _with_kept_states(inputs, kept[0], B_gain, balances)
+        extended = inputs if norm is None else _with_kept_states(inputs, kept[0], balances)
         for first, states in stream_states(extended):
             for group, part in enumerate(_parts(inputs, first, states, kept, start)):
                 parts[group].append([tensor.flatten(0, 1) for tensor in part])
@@ -127,7 +124,7 @@ def token_systems(
         own_norm = None
         if norm is not None:
             root = root_mean_square(raw[0], norm.epsilon)[:, 0]
-            own_norm = ReadoutNorm(kept[0].cpu(), norm.C_weight, raw[0], root, norm.epsilon, B_gain, *balances)
+            own_norm = ReadoutNorm(kept[0].cpu(), norm.C_weight, raw[0], root, norm.epsilon, *balances)
         systems.append(TokenSystem(gram, p, C, error, energy, v, own_norm))
     return systems
 
@@ -181,27 +178,16 @@ def _balances(mixer: Mixer, statistics: StateStatistics, kept: torch.Tensor, sta
 
 
 def _B_ratio(inputs: ScanInputs, kept: torch.Tensor, balances: Balances) -> torch.Tensor:
-    """How many times larger, up to κ_B, B_t of the kept states is without the others, (batch, length, 1, 1)."""
+    """How many times larger B_t of the kept states is without the others, shape (batch, length, 1, 1)."""
     norm = inputs.normalization
     scale = row_scale(len(kept), norm.b.shape[-1])
     smaller = root_mean_square(scale * balances[0] * norm.b[..., kept], norm.epsilon)
-    return scale * root_mean_square(norm.b, norm.epsilon) / smaller
+    return root_mean_square(norm.b, norm.epsilon) / smaller
 
 
-def _average_B_gain(mixer: Mixer, statistics: StateStatistics, kept: torch.Tensor, balances: Balances | None) -> float:
-    """κ_B, with which B_t of the kept states is as large as before on average."""
-    if balances is None:
-        return 1.0
-    total = tokens = 0.0
-    for inputs in _recomputed(mixer, statistics):
-        total += float((_B_ratio(inputs, kept[0], balances)[..., 0, 0] * inputs.mask).double().sum())
-        tokens += float(inputs.mask.double().sum())
-    return tokens / total
-
-
-def _with_kept_states(inputs: ScanInputs, kept: torch.Tensor, B_gain: float, balances: Balances) -> ScanInputs:
+def _with_kept_states(inputs: ScanInputs, kept: torch.Tensor, balances: Balances) -> ScanInputs:
     """A recurrence with r states more: the kept ones as they are without the others."""
-    B = inputs.B[..., kept] * (B_gain * _B_ratio(inputs, kept, balances))
+    B = inputs.B[..., kept] * _B_ratio(inputs, kept, balances)
     return dataclasses.replace(
         inputs, A=torch.cat([inputs.A, inputs.A[..., kept]], dim=-1), B=torch.cat([inputs.B, B], dim=-1)
     )

@@ -126,7 +126,7 @@ def _refuse_unknown(layer: nn.Module, known: bool, variant: object = None) -> No
     if not known:
         what = f"the variant {type(variant).__name__} of" if variant is not None else "the adapter"
         raise TypeError(
-            f"{what} {type(layer).__module__}.{type(layer).__name__} around a layer that holds states cannot be cut; "
+            f"{what} {type(layer).__module__}.{type(layer).__name__} around a layer that a cut changes cannot be cut; "
             "supported there: LoRA, rsLoRA and DoRA on linear layers, modules_to_save and target_parameters. Merge it "
             "into the model first (merge_and_unload), or leave this layer out of target_modules"
         )

@@ -42,7 +42,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "falcon_mamba",
         mamba1_normalized,
         note="B and C are divided by their root mean square, which loses the removed states: exact where those are "
-        "zero, else the refit makes up for it; D and out_proj are scaled along.",
+        "zero, else the refit makes up for part of it; D and out_proj are scaled along.",
     ),
     "JambaMambaMixer": Architecture(
         "jamba",
@@ -101,8 +101,8 @@ def register_mixer(mixer_class: type[nn.Module], architecture: Architecture) -> 
             attributes, if need be: `names`), or a module of your own that has the functions of `mamba1`.
 
     Raises:
-        TypeError: not a class of modules.
-        ValueError: a layout that lacks a function.
+        TypeError: not a class of modules, or not an Architecture.
+        ValueError: a layout that lacks a function, or a projected class that does not exist.
 
     Example:
         >>> from hf_compressm.mixers import Architecture, mamba1, register_mixer
@@ -113,6 +113,12 @@ def register_mixer(mixer_class: type[nn.Module], architecture: Architecture) -> 
     """
     if not (isinstance(mixer_class, type) and issubclass(mixer_class, nn.Module)):
         raise TypeError(f"mixer_class must be a class of torch modules, got {mixer_class!r}")
+    if not isinstance(architecture, Architecture):
+        raise TypeError(f"architecture must be an Architecture, got {architecture!r}")
+    if architecture.can_be_projected:
+        raise ValueError(
+            f"{mixer_class.__name__}: only Transformers' own mixers have projected classes; leave can_be_projected out"
+        )
     missing = [name for name in LAYOUT_NAMES if not hasattr(architecture.layout, name)]
     if missing:
         raise ValueError(

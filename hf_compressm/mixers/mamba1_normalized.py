@@ -2,18 +2,20 @@
 
 Parameters are those of the Mamba-1 layout, and in Jamba the norms' weights. With b_t = W_B u_t, and C_t likewise,
 
-    B_t = g_B b_t / √(mean_n b_t[n]² + ε)        (Falcon-Mamba: g_B = 1, and its weight is a buffer that nobody reads).
+    B_t = g_B b_t / √(mean_n b_t[n]² + ε)
+
+(in Falcon-Mamba g_B = 1: its weight is a buffer of ones, which only the fused kernels read).
 
 A selection S of r states takes others out of the mean. Rows scaled by s = √(r/N) leave the mean as it was where the
-removed b_t are zero, ε included, and B_t smaller by s; elsewhere B_t also follows the ratio of the two root mean
+removed b_t are zero, ε included, and make B_t smaller by s; elsewhere B_t also follows the ratio of the two root mean
 squares, which no stock parameter can absorb:
 
-    B'_t = κ_B s g_B b_t[S] / √(mean_{n∈S} (s b_t[n])² + ε),       the same for C, with its readout refitted.
+    B'_t = g'_B s b_t[S] / √(mean_{n∈S} (s b_t[n])² + ε),       the same for C, with its readout refitted.
 
-What the constants κ_B and κ_C make up for on average (1/s each, for states that do nothing) is multiplied into the
-weights of the norms where there are any. Where not, the scan's output becomes κ_B κ_C times too small, so out_proj is
-multiplied by that, and the skip D divided by it. So the removal of states with zero b_t and c_t is exact, and a stock
-checkpoint says all there is to say: neither ε nor the config has to change.
+The weights of the norms make up for s where there are any: g'_B = g_B / s, g'_C = κ g_C / s, with the κ for which the
+layer's error is the least (1, for states that do nothing). Where there are none, the scan's output becomes κ / s²
+times too small, so out_proj is multiplied by that, and the skip D divided by it. So the removal of states with zero
+b_t and c_t is exact, and a stock checkpoint says all there is to say: neither ε nor the config has to change.
 
 Weights behind the norms (Jamba) allow more: rows multiplied by α_n > 0, and the weights divided by it, leave the
 numerators as they are and change the mean to that of (s α_n b_t[n])². The α are chosen so that it is, for as many
@@ -28,13 +30,14 @@ import torch
 from torch import nn
 
 from . import mamba1
-from .mamba1 import PARTS, decay_rates, epsilon_of, groups, token_mask
+from .mamba1 import decay_rates, epsilon_of, groups, token_mask
 from .scan import Normalization, ScanInputs, StateAxis
 
-__all__ = ["PARTS", "decay_rates", "groups"]
+__all__ = ["decay_rates", "groups"]
 
 NAME = "Mamba-1, B and C normalized"
 CAN_REFIT = True
+PARTS = (*mamba1.PARTS, "dt_layernorm", "b_layernorm", "c_layernorm")
 
 # A norm's weight below this share of the largest one is not divided by.
 SMALLEST_WEIGHT = 1e-3
@@ -114,7 +117,7 @@ def raw_readout(readout: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor)
         weight: g, shape (N,).
     """
     weight = weight.to(readout)
-    smallest = SMALLEST_WEIGHT * weight.abs().max()
+    smallest = (SMALLEST_WEIGHT * weight.abs().max()).clamp_min(torch.finfo(weight.dtype).tiny)
     divisor = torch.where(weight.abs() < smallest, smallest.copysign(weight), weight)[kept]
     return readout * weight / divisor[:, None]
 
@@ -134,28 +137,38 @@ def balance(squares: torch.Tensor, mean_squares: torch.Tensor, epsilon: float, s
     Returns:
         α, shape (r,), float32, on the device of the squares.
     """
-    shares = (squares / state_size / mean_squares[:, None]).double()
-    wanted = shares.T @ (1 - epsilon / mean_squares.double())
+    mean_squares = mean_squares.double().clamp_min(torch.finfo(torch.float32).tiny)
+    shares = squares.double() / state_size / mean_squares[:, None]
+    wanted = shares.T @ (1 - epsilon / mean_squares)
     products = shares.T @ shares
     alpha_squared = torch.ones_like(wanted)
     for _ in range(BALANCE_STEPS):
         alpha_squared = alpha_squared * wanted / (products @ alpha_squared).clamp_min(torch.finfo(wanted.dtype).tiny)
-    # A state that is hardly ever written keeps rows of a size that can be trained.
     alpha = alpha_squared.clamp_min(0).sqrt()
-    return alpha.clamp_min(SMALLEST_BALANCE * float(alpha.max())).float()
+    largest = float(alpha.max())
+    if not 0 < largest < math.inf:
+        # All are zero: whatever they are multiplied with.
+        return torch.ones_like(alpha).float()
+    # A state that is hardly ever written keeps rows of a size that can be trained.
+    return alpha.clamp_min(SMALLEST_BALANCE * largest).float()
 
 
 def scales(
-    mixer: nn.Module, B_gain: float, C_gain: float, B_balance: torch.Tensor, C_balance: torch.Tensor
+    mixer: nn.Module, gain: float, B_balance: torch.Tensor, C_balance: torch.Tensor
 ) -> dict[str, float | list[float]]:
-    """What rows of each role are multiplied with: role → numbers; κ_B, κ_C and α as in the module's docstring."""
+    """What rows of each role are multiplied with: role → numbers; κ and α as in the module's docstring."""
     scale = row_scale(len(B_balance), mixer.ssm_state_size)
     if not has_weights(mixer):
-        gain = B_gain * C_gain
-        return {"B": scale, "C": scale, "D": 1 / gain, "out": gain}
+        return {"B": scale, "C": scale, "D": scale**2 / gain, "out": gain / scale**2}
+    B_rows, C_rows = scale * B_balance, scale * C_balance
     return {
-        "B": (scale * B_balance).tolist(),
-        "C": (scale * C_balance).tolist(),
-        "B norm": (B_gain / B_balance).tolist(),
-        "C norm": (C_gain / C_balance).tolist(),
+        "B": B_rows.tolist(),
+        "C": C_rows.tolist(),
+        "B norm": (1 / B_rows).tolist(),
+        "C norm": (gain / C_rows).tolist(),
     }
+
+
+def scaled_roles(mixer: nn.Module) -> set[str]:
+    """The roles that a cut must scale."""
+    return {"B", "C"} | ({"B norm", "C norm"} if has_weights(mixer) else {"D", "out"})

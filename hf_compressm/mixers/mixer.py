@@ -26,6 +26,9 @@ class _Renamed:
         vars(self).update(_module=module, _names=names)
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_module", "_names"):
+            # Asked for before there is anything to ask, by copy and pickle.
+            raise AttributeError(name)
         return getattr(self._module, self._names.get(name, name))
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -81,10 +84,12 @@ class Mixer:
 
     def axes_in(self, layout: ModuleType) -> list[StateAxis]:
         """The same in another layout than that of the mixer's present realization."""
-        axes = layout.state_axes(self.parts)
-        if self.architecture.names:
+        axes, names = layout.state_axes(self.parts), self.architecture.names
+        if names:
             axes = [
-                dataclasses.replace(axis, module=self.module) if isinstance(axis.module, _Renamed) else axis
+                dataclasses.replace(axis, module=self.module, parameter=names.get(axis.parameter, axis.parameter))
+                if isinstance(axis.module, _Renamed)
+                else axis
                 for axis in axes
             ]
         return [part for axis in axes for part in through_adapters(axis, self.wrappers)]
@@ -167,11 +172,11 @@ def check_mixer(mixer: Mixer) -> None:
     for part in getattr(mixer.layout, "PARTS", ()):
         if getattr(mixer.parts, part, None) is None:
             label = f"layer {mixer.name}: {part} of {type(mixer.module).__name__}"
-            raise ValueError(f"{label} is missing, which {mixer.layout.NAME} mixers have")
+            raise ValueError(f"{label} is missing, which the layout {mixer.layout.NAME!r} has")
     for axis in mixer.axes:
         label, tensor = f"layer {mixer.name}: {axis.parameter} of {type(axis.module).__name__}", axis.tensor
         if tensor is None:
-            raise ValueError(f"{label} is missing, which {mixer.layout.NAME} mixers have")
+            raise ValueError(f"{label} is missing, which the layout {mixer.layout.NAME!r} has")
         if tensor.is_meta:
             raise RuntimeError(
                 f"{label} is on the meta device: not loaded, or offloaded by a device_map. To cut the model, load it "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -240,3 +242,35 @@ class TestParameters:
         mixer.module.x_proj.to("meta")
         with pytest.raises(RuntimeError, match="weight of Linear is on the meta device"):
             check_mixer(mixer)
+
+
+class OtherNames(OwnMamba):
+    """Its own parameter has another name, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_A = self.A_log
+        del self.A_log
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.__dict__["A_log"] = self.log_A
+        try:
+            return super().forward(hidden_states)
+        finally:
+            del self.__dict__["A_log"]
+
+
+def test_parameters_may_have_other_names():
+    register_mixer(OtherNames, Architecture("other", mamba1, "states", names=NAMES | {"A_log": "log_A"}))
+    try:
+        model = wild(OtherNames())
+        before, after = cut(model, [1, 3, 4, 6, 7])
+        assert model[0].log_A.shape == (16, 3)
+        torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    finally:
+        unregister_mixer(OtherNames)
+
+
+def test_a_mixer_under_other_names_can_be_copied(registered):
+    ((_, mixer),) = find_mixers(nn.Sequential(OwnMamba())).items()
+    assert copy.deepcopy(mixer.parts).ssm_state_size == 8
