@@ -582,8 +582,8 @@ def test_plans_of_mamba1_expect_no_projection():
 def test_mamba1_is_not_projected(rule):
     with pytest.raises(
         ValueError,
-        match=r"layers\.0\.mixer: MambaMixer cannot be projected\. In its layout \(Mamba-1\), each channel's states decay "
-        r"at rates of their own, so a change .* does not commute with the dynamics.*Use realization='stock' with one",
+        match=r"layers\.0\.mixer: MambaMixer cannot be projected\. In its layout \(Mamba-1\), each channel's states "
+        r"decay at rates of their own, so a change .* does not commute with the dynamics.*Use realization='stock' with one",
     ):
         make_plan(TINY["mamba"], CompreSSMConfig(**rule))
 
