@@ -583,7 +583,7 @@ def test_mamba1_is_not_projected(rule):
     with pytest.raises(
         ValueError,
         match=r"layers\.0\.mixer: MambaMixer cannot be projected\. In its layout \(Mamba-1\), each channel's states "
-        r"decay at rates of their own, so a change .* does not commute with the dynamics.*Use realization='stock' with one",
+        r"decay at rates of their own, so a change .* does not commute with the dynamics.*Use realization='stock'",
     ):
         make_plan(TINY["mamba"], CompreSSMConfig(**rule))
 
