@@ -27,8 +27,8 @@ from training import config
 
 import hf_compressm.planning
 import hf_compressm.projection
-import hf_compressm.refit
 import hf_compressm.statistics
+import hf_compressm.token_systems
 from hf_compressm import Compressor
 from hf_compressm.distributed.fsdp2 import full_tensor
 
@@ -207,7 +207,7 @@ def one_fails() -> dict[str, Any]:
 @contextmanager
 def counted_work() -> Iterator[dict[str, int]]:
     """Within this context, what this process does of a cut: states run through, by purpose, and layers fitted."""
-    work = {"statistics": 0, "refit": 0, "projection": 0, "layers": 0}
+    work = {"statistics": 0, "token_systems": 0, "projection": 0, "layers": 0}
     patch = []
 
     def replace(module: Any, name: str, new: Any) -> None:
@@ -226,7 +226,7 @@ def counted_work() -> Iterator[dict[str, int]]:
         work["layers"] += 1
         return original(*args)
 
-    for purpose in ("statistics", "refit", "projection"):
+    for purpose in ("statistics", "token_systems", "projection"):
         module = getattr(hf_compressm, purpose)
         replace(module, "stream_states", counting(purpose, module.stream_states))
     replace(hf_compressm.planning, "_plan_layer", fitted)
