@@ -1,7 +1,7 @@
 """What a cut costs in each architecture: small models trained on bytes of text, cut once, with no training afterwards.
 
-    python recipes/bench/architectures.py                 # 20 minutes on two cores; writes architectures-cpu.json, .md
-    python recipes/bench/architectures.py --quick         # 2 minutes, to try it out
+    python recipes/bench/architectures.py                 # 5 minutes on two cores; writes architectures-cpu.json, .md
+    python recipes/bench/architectures.py --quick         # half a minute, to try it out
 
 Each of the ten architectures of Transformers with Mamba mixers, hybrids with their attention and expert layers, is
 trained at N = 32 and cut to 8: stock as the package does it by default, by GHOST's selection, and, with Mamba-2
