@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from conftest import silence_states, tokens
-from test_mamba1_normalized import NORMALIZED, build, first_mixer
+from test_mamba1_normalized import KEPT, NORMALIZED, build, first_mixer
 from torch import nn
 
 from hf_compressm import CompreSSMConfig, compress, compress_, find_mixers, measure, plan_compression
 from hf_compressm.elimination import eliminate
 from hf_compressm.mixers import Architecture, mamba1, register_mixer, take
 from hf_compressm.planning import _needs_inputs, _refit_error
-from hf_compressm.refit import _fit, mean_field_readout
+from hf_compressm.refit import Readout, _Fit, _fit, _result, mean_field_readout, measured_selection_curve
 from hf_compressm.token_systems import ReadoutNorm, TokenSystem, token_systems
 
 
@@ -176,3 +177,46 @@ def test_registrations_of_something_else_are_refused():
         register_mixer(nn.Linear, mamba1)
     with pytest.raises(ValueError, match="Linear: only Transformers' own mixers have projected classes"):
         register_mixer(nn.Linear, Architecture("own", mamba1, can_be_projected=True))
+
+
+@pytest.mark.parametrize(
+    ("size", "tried"),
+    [(8, [1, 2, 3, 4, 5, 6, 7]), (20, [2, 4, 6, 8, 10, 12, 14, 16, 18])],
+    ids=["8 states", "20 states"],
+)
+def test_a_measured_curve_does_not_fall_with_fewer_states(monkeypatch, size, tried):
+    """Half as many states are tried where there are many; between them the error is interpolated."""
+    model = build("jamba", mamba_d_state=size, num_hidden_layers=2)
+    ((_, statistics),) = measure(model, [tokens(4, 12)]).items()
+    errors = {kept: 0.9 - 0.04 * kept + (0.2 if kept == 6 else 0.0) for kept in tried}
+    seen = []
+
+    def select(mixer, statistics, kept):
+        seen.append(kept.shape[1])
+        return Readout(None, errors[kept.shape[1]], "none")
+
+    monkeypatch.setattr("hf_compressm.refit.select_readout", select)
+    order = torch.arange(size)[None]
+    curve = measured_selection_curve(first_mixer(model), statistics, order, refit=False).numpy()
+    assert seen == tried
+    assert curve[0] == 1 and curve[size] == 0
+    assert (np.diff(curve) <= 0).all() and curve[4] == pytest.approx(errors[6])
+    assert curve[7 if size == 8 else 8] == pytest.approx(errors[7 if size == 8 else 8])
+
+
+def test_a_fit_of_one_head_alone_is_named():
+    model = build("zamba")
+    with torch.no_grad():
+        for mixer in find_mixers(model).values():
+            mixer.module.x_proj_weight[0, mixer.module.time_step_rank :] = 0
+    report = compress(model, [tokens(64, 32)], CompreSSMConfig(state_size=3))
+    assert {layer.refit for layer in report.layers} == {"conjugate gradients"}
+
+
+def test_an_error_below_zero_is_rounding():
+    mixer, statistics = first_mixer(build("mamba")), next(iter(measure(build("mamba"), [tokens()]).values()))
+    kept = torch.tensor([KEPT])
+    start = torch.eye(8, dtype=torch.float64)[kept]
+    systems = token_systems(mixer, statistics, kept, start)
+    result = _result(mixer, systems, [_Fit(start[0], 1.0, torch.tensor(-1e-9), "mean field")], kept)
+    assert result.relative_error == 0
