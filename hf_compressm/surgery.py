@@ -202,7 +202,8 @@ def _validate_layer(name: str, layer: LayerPlan, mixer: Mixer) -> None:
     if any(len(set(row)) != len(row) for row in kept.tolist()):
         raise ValueError(f"layer {name}: kept indices {kept.tolist()} repeat a state")
     # Without them, the norms on B and C would make the outputs larger or smaller.
-    roles = mixer.layout.scaled_roles(mixer.parts) if mixer.is_normalized and layer.is_change else set()
+    scales = mixer.is_normalized and layer.is_change
+    roles = {role for axis in mixer.axes for role in (*axis.roles, axis.whole)} - {"A", None} if scales else set()
     numbers = [s if isinstance(s, list) else [s] for s in layer.scales.values()]
     fitting = all(len(s) in (1, kept.shape[1]) and all(math.isfinite(x) and x > 0 for x in s) for s in numbers)
     if set(layer.scales) != roles or not fitting:

@@ -15,7 +15,7 @@ from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, q
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from hf_compressm import CompreSSMConfig, compress, compress_, find_mixers, measure
-from hf_compressm.mixers.adapters import effective_bias, effective_weight
+from hf_compressm.mixers.adapters import weight_and_bias
 
 
 class Int8Params(nn.Parameter):
@@ -168,7 +168,7 @@ def test_quantized_weights_are_read_as_what_they_stand_for(quantize, dtype):
     model = quantize(nn.Sequential(nn.Linear(24, 40, dtype=dtype)).requires_grad_(False), "0")
     (layer,) = model
     meant = layer.meant if isinstance(layer, Linear8bitLt) else layer.weight.dequantize()
-    weight, bias = effective_weight(layer), effective_bias(layer)
+    weight, bias = weight_and_bias(layer)
     assert weight.dtype == bias.dtype == torch.float32 and type(weight) is torch.Tensor
     # A layer that calculates in bf16 adds the bias before it rounds.
     torch.testing.assert_close(weight, meant.float(), rtol=0, atol=1e-6 if dtype == torch.float32 else 4e-3)

@@ -244,11 +244,11 @@ def effective_weight(layer: nn.Module, name: str = "weight") -> torch.Tensor:
     return values.float()
 
 
-def effective_bias(layer: nn.Module) -> torch.Tensor | None:
-    """The bias in float32, as the layer's forward uses it; None if there is none."""
-    if not is_kind(layer, "BaseTunerLayer"):
-        return None if layer.bias is None else layer.bias.float()
-    return _linear_map(layer)[1]
+def weight_and_bias(layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Both in float32, as the layer's forward uses them; no bias is None."""
+    if is_kind(layer, "BaseTunerLayer"):
+        return _linear_map(layer)
+    return effective_weight(layer), None if layer.bias is None else layer.bias.float()
 
 
 @torch.no_grad()

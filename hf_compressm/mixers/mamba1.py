@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .adapters import copies_of, effective_bias, effective_weight
+from .adapters import copies_of, effective_weight, weight_and_bias
 from .scan import Normalization, ScanInputs, StateAxis
 
 NAME = "Mamba-1"
@@ -119,12 +119,12 @@ def token_mask(hidden_states: torch.Tensor, attention_mask: torch.Tensor | None)
 
 def linear(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """A linear layer in float32, with what adapters add to it."""
-    return F.linear(x, effective_weight(layer), effective_bias(layer))
+    return F.linear(x, *weight_and_bias(layer))
 
 
 def causal_conv(conv: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """The depthwise causal convolution over (batch, length, channels)."""
-    weight = effective_weight(conv)
+    weight, bias = weight_and_bias(conv)
     channels, _, width = weight.shape
-    mixed = F.conv1d(x.transpose(1, 2), weight, effective_bias(conv), padding=width - 1, groups=channels)
+    mixed = F.conv1d(x.transpose(1, 2), weight, bias, padding=width - 1, groups=channels)
     return mixed[..., : x.shape[1]].transpose(1, 2)

@@ -167,8 +167,3 @@ def scales(
         "B norm": (1 / B_rows).tolist(),
         "C norm": (gain / C_rows).tolist(),
     }
-
-
-def scaled_roles(mixer: nn.Module) -> set[str]:
-    """The roles that a cut must scale."""
-    return {"B", "C"} | ({"B norm", "C norm"} if has_weights(mixer) else {"D", "out"})
