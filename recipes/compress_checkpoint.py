@@ -38,7 +38,7 @@ import pretrain_lm
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
-from pretrain_lm import STANDARD_LIBRARY, build_config, build_tokenizer, count_or_fraction, load_texts, pack
+from pretrain_lm import build_config, build_tokenizer, count_or_fraction, load_texts, pack
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -156,24 +156,14 @@ class CutArguments:
 
 
 @dataclass
-class DataArguments:
-    _argument_group_name = "data"
-
-    train_files: list[str] = field(
-        default_factory=lambda: [STANDARD_LIBRARY], metadata={"help": "Text files, UTF-8; ** matches folders."}
-    )
-    sample_by: Literal["document", "paragraph", "line"] = field(
-        default="document", metadata={"help": "What of a file is one text, ended by an end-of-text token."}
-    )
+class DataArguments(pretrain_lm.TextArguments):
     dataset: str | None = field(
         default=None, metadata={"help": "Instead of files: a data set, as load_dataset takes."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Its configuration."})
     dataset_split: str = field(default="train", metadata={"help": "Its split, or a part: 'train[:1%%]'."})
     text_column: str = field(default="text", metadata={"help": "Its column with the text."})
-    held_out: float = field(default=0.05, metadata={"help": "Share of the texts that is only evaluated on."})
     eval_blocks: int = field(default=100, metadata={"help": "Sequences of held-out text to evaluate on, at most."})
-    block_size: int = field(default=128, metadata={"help": "Tokens per sequence."})
 
 
 class HealingTrainer(Trainer):

@@ -139,7 +139,7 @@ class CutArguments:
 
 
 @dataclass
-class DataArguments:
+class TextArguments:
     _argument_group_name = "data"
 
     train_files: list[str] = field(
@@ -149,11 +149,15 @@ class DataArguments:
         default="document", metadata={"help": "What of a file is one text, ended by an end-of-text token."}
     )
     held_out: float = field(default=0.05, metadata={"help": "Share of the texts that is only evaluated on."})
+    block_size: int = field(default=128, metadata={"help": "Tokens per sequence."})
+
+
+@dataclass
+class DataArguments(TextArguments):
     tokenizer: Literal["bytes", "bpe"] = field(
         default="bytes", metadata={"help": "One token per byte, or a BPE trained on the texts."}
     )
     vocab_size: int = field(default=4096, metadata={"help": "Number of tokens of the BPE."})
-    block_size: int = field(default=128, metadata={"help": "Tokens per sequence."})
 
 
 class StepTimer(TrainerCallback):
@@ -179,7 +183,7 @@ def count_or_fraction(value: float) -> int | float:
     return int(value) if value >= 1 and value == int(value) else value
 
 
-def load_texts(data: DataArguments, seed: int) -> DatasetDict:
+def load_texts(data: TextArguments, seed: int) -> DatasetDict:
     """The texts, split into `train` and `test`."""
     files = set()
     for pattern in data.train_files:
