@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import multiprocessing
 import time
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality import TASKS
+from quality import TASKS, train
 from reporting import RESULTS, write_results
 from speed import describe_machine
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -103,8 +104,9 @@ def run(model_type: str, bench: Bench, seed: int = 0) -> dict[str, Any]:
     special = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": 0}
     config = AutoConfig.for_model(model_type, vocab_size=256, hidden_size=32, **special, **MODELS[model_type])
     model, started = AutoModelForCausalLM.from_config(config), time.perf_counter()
-    train(model, bench, seed)
-    task, generator = TASKS["text"], torch.Generator().manual_seed(seed + 1)
+    task, generator = TASKS["text"], torch.Generator().manual_seed(seed)
+    batches = (task.sample(generator, bench.sequences, False) for _ in itertools.count())
+    train(model, batches, bench.steps, bench.learning_rate)
     calibration = task.sample(generator, bench.calibration_sequences, False)
     held_out = task.sample(generator, bench.evaluation_sequences, True)
     before = compare_outputs(model, held_out)
@@ -123,19 +125,6 @@ def run(model_type: str, bench: Bench, seed: int = 0) -> dict[str, Any]:
         }
     result["seconds"] = time.perf_counter() - started
     return result
-
-
-def train(model: torch.nn.Module, bench: Bench, seed: int) -> None:
-    """A plain loop over random pieces of text."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=bench.learning_rate)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, bench.learning_rate, total_steps=bench.steps)
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(bench.steps):
-        model(**TASKS["text"].sample(generator, bench.sequences, False)).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
 
 
 def table(results: list[dict[str, Any]], bench: Bench) -> str:
