@@ -9,7 +9,7 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 MALLOC := MALLOC_MMAP_THRESHOLD_=34359738368 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=67108864
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-checkpoint demo-lora test test-distributed fault-table readme-tables lint format bench bench-quality bench-architectures clean
+.PHONY: help demo demo-checkpoint demo-lora test test-distributed fault-table readme-tables lint format bench bench-quality bench-architectures dist api clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -52,8 +52,14 @@ bench-quality: $(VENV)/.recipes  ## compare every way of cutting on trained mode
 bench-architectures: $(VENV)/.recipes  ## measure what one cut costs in each of the ten architectures; writes recipes/bench/results/
 	OMP_NUM_THREADS=1 $(MALLOC) $(RUN) recipes/bench/architectures.py
 
+dist: $(VENV)/.ready  ## build the source distribution and the wheel into dist/
+	$(RUN) -m build --outdir dist
+
+api: $(VENV)/.ready  ## write the API reference, from the docstrings, as HTML into build/api/
+	$(RUN) -m pdoc --docformat google --output-directory build/api hf_compressm
+
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # A Linux machine without an NVIDIA driver gets torch's CPU build from its own index, where that can be reached: the

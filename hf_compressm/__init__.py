@@ -2,15 +2,17 @@
 
 from . import auto_classes
 from .callback import CompreSSMCallback, exempt_from_weight_decay
-from .checkpoint import read_record, resize_while_loading, write_record
+from .checkpoint import resize_while_loading
 from .compressor import Compressor
 from .config import CompreSSMConfig
+from .hub import push_compressed
 from .mixers import find_mixers
 from .modeling_compressm import projected_class
 from .oneshot import compress
 from .peft_models import load_compressed_peft
 from .plan import CompressionPlan
 from .planning import plan_compression
+from .record import Record, read_record, write_record
 from .report import CompressionReport
 from .reshape import ReshapeReport, reshape_checkpoint
 from .statistics import NonFiniteError, StateStatistics, measure
@@ -27,6 +29,7 @@ __all__ = [
     "CompressionReport",
     "Compressor",
     "NonFiniteError",
+    "Record",
     "ReshapeReport",
     "StateStatistics",
     "compress",
@@ -37,6 +40,7 @@ __all__ = [
     "measure",
     "plan_compression",
     "projected_class",
+    "push_compressed",
     "read_record",
     "reshape_checkpoint",
     "resize_while_loading",

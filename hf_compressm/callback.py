@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import ModelCard
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.utils import logging
 
+from .cards import CARD_FILE, write_card
 from .checkpoint import (
     load_inputs,
     resize_to_checkpoint,
@@ -19,17 +21,21 @@ from .checkpoint import (
     resize_while_loading,
     save_config,
     save_inputs,
-    write_record,
 )
 from .compressor import Compressor
 from .config import CompreSSMConfig
-from .continuation import Continuation, cut_checkpoint
+from .continuation import Continuation, command_of_this_run, cut_checkpoint
 from .distributed.processes import all_processes, warn
 from .distributed.wrappers import kind_of, unwrap
 from .mixers import find_mixers
 from .modeling_compressm import PROJECTIONS
-from .peft_plans import HOW_TO_LOAD, is_peft_model, plans_of, save_plans
+from .peft_adapters import HOW_TO_LOAD, is_peft_model
+from .provenance import recall_from, save_provenance, start_record
+from .record import RECORD_FILE, Record, describe_machine, tidy_command
 from .report import CompressionReport
+from .report_page import write_report_page
+from .timeline import Timeline
+from .trackers import note_cut
 
 logger = logging.get_logger(__name__)
 
@@ -63,6 +69,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.progress: dict[str, Any] = {}
         self.compressor: Compressor | None = None
         self.goes_on: Continuation | None = None
+        self.record: Record | None = None
+        self.timeline = Timeline()
         self._trainer: Trainer | None = None
         self._save_postponed = False
         # The metrics of the evaluation that was asked for before a pragmatic cut; None while none was.
@@ -86,6 +94,7 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         trainer = find_trainer(self)
         if trainer is not None:
             exempt_from_weight_decay(trainer)
+            keep_own_card(trainer)
         if trainer is None or not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
             resize_while_loading(bare)
             return
@@ -132,13 +141,20 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             )
         if self.progress:
             self.compressor.load_state_dict(self.progress | {"history": self.history})
-            self._load_recorded_inputs(args, state)
+            self._load_from_checkpoint(args, state)
+        self._start_record(args, state)
         self.progress["output_dir"] = str(Path(args.output_dir).absolute())
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.timeline.step_begins()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         compressor = self.compressor
+        self.timeline.step_ends()
         if compressor.can_take_back:
             return self._await_verdict(args, state, control)
         if self.config.pragmatic and self._baseline_missing(state):
@@ -146,6 +162,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             if state.global_step >= compressor.pending[0]:
                 # Cut one step later, when the value to compare with is known.
                 return control
+        if compressor.pending and state.global_step >= compressor.pending[0]:
+            self.timeline.before_cut(state.global_step, compressor.state_size)
         report = compressor.step(state.global_step)
         if report is not None:
             self._announce(report, state)
@@ -169,6 +187,10 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         **kwargs: Any,
     ) -> TrainerControl:
         compressor = self.compressor
+        self.timeline.interrupt()
+        if self.record is not None:
+            stage = "after the cut" if self._was_cut else "before the cut"
+            self.record.evaluations[stage] = {"step": state.global_step} | _results(metrics or {})
         if compressor is None or not self.config.pragmatic:
             return control
         name, greater_is_better = self._metric(args)
@@ -192,19 +214,36 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> TrainerControl:
-        directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        bare = None if model is None else unwrap(model)[0]
-        if args.should_save and bare is not None and is_peft_model(bare):
-            save_plans(bare, directory)
-        elif args.should_save and bare is not None and not (directory / "config.json").exists():
-            # Sharded checkpoints come without it, and nobody could tell their state size.
-            save_config(bare, directory)
-        if args.should_save:
-            cuts = self.history if self._was_cut else []
-            write_record(cuts, directory, self.compressor and self.compressor.optimizer_parameters)
-        if self.compressor is not None and self.compressor.recorder.batches:
-            save_inputs(self.compressor.recorder.batches, directory, all_processes().rank)
+        self.timeline.interrupt()
+        if model is not None:
+            self._save_beside(args, state, unwrap(model)[0])
         return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.compressor is not None and "loss" in (logs or {}):
+            self.timeline.add(state.global_step, self.compressor.state_size, float(logs["loss"]))
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        """What goes along must lie in the output directory now; the Trainer copies only files that it knows itself."""
+        self.timeline.interrupt()
+        if not self._was_cut or not state.is_world_process_zero or model is None:
+            return
+        bare, output = unwrap(model)[0], Path(args.output_dir)
+        if (output / f"checkpoint-{state.global_step}").is_dir():
+            self._save_beside(args, state, bare)
+        if not is_peft_model(bare):
+            save_config(bare, output)
+        save_provenance(bare, output)
+        present(output, getattr(self._trainer, "hub_model_id", None), with_report=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -221,10 +260,8 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         compressor.follow_loaded_weights()
         compressor.remove()
         self.compressor = None
-        if self._was_cut and args.should_save:
-            write_record(self.history, args.output_dir)
-            if model is not None and plans_of(unwrap(model)[0]):
-                save_plans(unwrap(model)[0], args.output_dir)
+        if self._was_cut and args.should_save and model is not None:
+            save_provenance(unwrap(model)[0], args.output_dir)
 
     def _cut_checkpoint(self, args: TrainingArguments, state: TrainerState) -> Continuation:
         processes, plan = self.compressor.processes, self.compressor.plan_for_checkpoint
@@ -251,20 +288,54 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
         self.history = [] if saved is None else saved["attributes"]["history"]
         self.progress = {} if saved is None else saved["attributes"]["progress"]
 
-    def _load_recorded_inputs(self, args: TrainingArguments, state: TrainerState) -> None:
+    def _load_from_checkpoint(self, args: TrainingArguments, state: TrainerState) -> None:
         """Callbacks are not told which checkpoint train() was given: look where it was written, unless it is named."""
         named, folders = args.resume_from_checkpoint, (self.progress.get("output_dir"), args.output_dir)
         candidates = [Path(folder) / f"checkpoint-{state.global_step}" for folder in folders if folder]
-        for directory in [Path(named), *candidates] if isinstance(named, str) else candidates:
+        candidates = [Path(named), *candidates] if isinstance(named, str) else candidates
+        directory = next((folder for folder in candidates if (folder / RECORD_FILE).is_file()), None)
+        if directory is not None:
+            recall_from(self.compressor.model, directory, self.history)
+        for directory in candidates:
             batches = load_inputs(directory, all_processes().rank)
             if batches is not None:
                 self.compressor.recorder.batches.extend(batches)
                 return
 
+    def _start_record(self, args: TrainingArguments, state: TrainerState) -> None:
+        self.record = start_record(self.compressor.model)
+        self.record.machine = describe_machine()
+        self.record.run |= {
+            "seed": args.seed,
+            "steps": state.max_steps,
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "learning_rate": args.learning_rate,
+            "command": tidy_command(command_of_this_run()),
+        }
+        source = getattr(getattr(self.compressor.model, "config", None), "_name_or_path", "")
+        if source and not Path(source).is_absolute():
+            self.record.run["base_model"] = source
+        # A run that goes on from an earlier checkpoint makes later steps anew.
+        self.record.timeline[:] = [entry for entry in self.record.timeline if entry["step"] <= state.global_step]
+        self.timeline = Timeline(self.record.timeline)
+
+    def _save_beside(self, args: TrainingArguments, state: TrainerState, bare: torch.nn.Module) -> None:
+        """Write what a checkpoint needs of this callback."""
+        directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if args.should_save and not is_peft_model(bare) and not (directory / "config.json").exists():
+            # Sharded checkpoints come without it, and nobody could tell their state size.
+            save_config(bare, directory)
+        if args.should_save:
+            save_provenance(bare, directory, self.compressor and self.compressor.optimizer_parameters)
+        if self.compressor is not None and self.compressor.recorder.batches:
+            save_inputs(self.compressor.recorder.batches, directory, all_processes().rank)
+
     def _announce(self, report: CompressionReport, state: TrainerState) -> None:
         if state.is_world_process_zero:
             tqdm.write(f"\nCompreSSM, step {report.step}\n{report}\n")
         self._log(report.metrics(), state)
+        if self._trainer is not None:
+            note_cut(self._trainer.callback_handler.callbacks, report, self.history[-1], report.step)
 
     def _log(self, metrics: dict[str, float], state: TrainerState) -> None:
         if self._trainer is not None:
@@ -359,6 +430,48 @@ class CompreSSMCallback(TrainerCallback, ExportableState):
             self._keep(state)
             logger.info(f"the cut at step {self.history[-1]['step']} stays: {verdict}")
         self._log({"compressm/state_size": self.compressor.state_size}, state)
+
+
+def _results(metrics: dict[str, float]) -> dict[str, float]:
+    """An evaluation's results without what it took."""
+    return {
+        name.removeprefix("eval_"): value
+        for name, value in metrics.items()
+        if name.startswith("eval_") and not name.endswith(("runtime", "_per_second", "_time")) and value == value
+    }
+
+
+def present(
+    directory: Path, repo_id: str | None = None, training: ModelCard | None = None, with_report: bool = True
+) -> None:
+    """Write card, spectrum and report. No training is worth less than they: if it fails, it is only said."""
+    try:
+        write_card(directory, repo_id=repo_id, training=training)
+        if with_report:
+            write_report_page(directory)
+    except Exception as error:
+        logger.warning(
+            f"the card in {directory} could not be written ({type(error).__name__}: {error}); after the training, "
+            f"`hf-compressm card {directory}` tries again"
+        )
+
+
+def keep_own_card(trainer: Trainer) -> None:
+    """Let the card of a model that was cut be ours, with what the Trainer's own card tells of the training.
+
+    Args:
+        trainer: its `create_model_card` writes README.md anew whenever it pushes.
+    """
+    write_own = trainer.create_model_card
+
+    def write_both(*args: Any, **kwargs: Any) -> None:
+        write_own(*args, **kwargs)
+        output = Path(trainer.args.output_dir)
+        is_cut = (output / RECORD_FILE).is_file() and Record.load(output).made_cuts
+        if is_cut and trainer.is_world_process_zero():
+            present(output, getattr(trainer, "hub_model_id", None), ModelCard.load(output / CARD_FILE))
+
+    trainer.create_model_card = write_both
 
 
 def exempt_from_weight_decay(trainer: Trainer) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 import json
 import weakref
 from collections.abc import Callable, Iterable
@@ -26,13 +25,11 @@ from .mixers import Mixer, find_mixers, layers_by_config, mamba2
 from .mixers.resize import ParameterPairs, resize_mixer, update_configs
 from .modeling_compressm import PROJECTIONS
 from .optimizer import follow_resize, unwrap_optimizer
-from .peft_plans import HOW_TO_LOAD, is_adapter_weight
+from .peft_adapters import HOW_TO_LOAD, is_adapter_weight
 
 logger = logging.get_logger(__name__)
 
-RECORD_FILE = "compressm.json"
 INPUTS_FILE = "compressm_inputs_{rank}.safetensors"
-RECORD_VERSION = 1
 
 # Called with the mixer and the parameters that a resize replaced, added and removed.
 OnResize = Callable[[Mixer, ParameterPairs], None]
@@ -175,51 +172,6 @@ def _incoming_size(mixer: Mixer, state_dict: dict[str, torch.Tensor], prefix: st
         if weight is not None and weight.dim() == axis.tensor.dim():
             sizes.add(axis.state_size_of(weight.shape[axis.dim]))
     return sizes.pop() if len(sizes) == 1 else None
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that a result depends on."""
-    names = ("hf-compressm", "torch", "transformers", "accelerate")
-    return {name: importlib.metadata.version(name) for name in names}
-
-
-def write_record(
-    history: list[dict[str, Any]], directory: str | Path, optimizer_parameters: list[list[str]] | None = None
-) -> Path:
-    """Write `compressm.json`: every cut that made the model what it is.
-
-    Args:
-        history: of a Compressor or a CompreSSMCallback.
-        directory: where the model is saved.
-        optimizer_parameters: the names of the parameters in each group of the optimizer that is saved there; an
-            optimizer's file knows them by their position only.
-    """
-    file = Path(directory) / RECORD_FILE
-    content = {"format_version": RECORD_VERSION, "versions": library_versions(), "cuts": history}
-    if optimizer_parameters is not None:
-        content["optimizer_parameters"] = optimizer_parameters
-    write_file(file, json.dumps(content, indent=1) + "\n")
-    return file
-
-
-def read_record(directory: str | Path) -> list[dict[str, Any]]:
-    """The history in a `compressm.json`.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not a record that this version reads.
-    """
-    file = Path(directory) / RECORD_FILE
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        version, cuts = content["format_version"], content["cuts"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is not a record of cuts ({type(error).__name__}: {error})") from error
-    if version != RECORD_VERSION:
-        raise ValueError(f"{file}: record format {version!r}, but this version reads {RECORD_VERSION}")
-    if not isinstance(cuts, list) or not all(isinstance(cut, dict) and "status" in cut for cut in cuts):
-        raise ValueError(f"{file} is not a record of cuts: {RECORD_FILE} lists cuts, each with its status")
-    return cuts
 
 
 def save_config(model: PreTrainedModel, directory: str | Path) -> None:

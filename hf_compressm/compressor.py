@@ -24,7 +24,6 @@ from .checkpoint import (
     save_config,
     save_inputs,
     stop_resizing_while_loading,
-    write_record,
 )
 from .config import CompreSSMConfig
 from .continuation import Continuation, cut_checkpoint
@@ -36,7 +35,7 @@ from .mixers import Mixer, find_mixers
 from .mixers.adapters import bypassed_adapters
 from .mixers.resize import ParameterPairs, resize_mixer, update_configs
 from .optimizer import check_state, follow_resize, unwrap_optimizer
-from .peft_plans import forget_plan, is_peft_model
+from .peft_adapters import is_peft_model
 from .plan import CompressionPlan
 from .planning import (
     check_list_of_sizes,
@@ -44,6 +43,7 @@ from .planning import (
     plan_compression,
     refuse_projection,
 )
+from .provenance import recall_from, record_of, save_provenance
 from .ranks import (
     fixed_sizes,
     fixed_state_size,
@@ -147,6 +147,8 @@ class Compressor:
         self.state_size = max(mixer.state_size for mixer in find_mixers(self.model).values())
         self.steps = cut_steps(config.schedule, total_steps, warmup_steps)
         self.history: list[dict[str, Any]] = [] if history is None else history
+        self._loaded_from: str | Path | None = None
+        self._cut_earlier = [cut for cut in record_of(self.model).cuts if cut not in self.history]
         self.global_step = 0
         # A second run of the same script on the same model has nothing left to cut.
         self.stopped = self._target_is_reached()
@@ -257,7 +259,11 @@ class Compressor:
             return None
         report = self._apply(plan, seconds)
         self._done_until = max(scheduled, self.global_step)
-        self.history.append({"status": "cut", "scheduled_step": scheduled, **report.to_dict()})
+        # The model remembers this entry: it must stay one object.
+        entry = record_of(self.model).cuts[-1]
+        entry |= {"scheduled_step": scheduled, **report.to_dict()}
+        self.history.append(entry)
+        self._tell_the_model()
         self._announced_wait = False
         self.state_size = report.state_size_after
         self.stopped = self._target_is_reached()
@@ -293,7 +299,6 @@ class Compressor:
             for parameter, state in zip(_parameters(self.optimizer), snapshot["optimizer"], strict=True):
                 self.optimizer.state[parameter] = {key: give_back() for key, give_back in state.items()}
             check_optimizer(self.model, self.optimizer)
-        forget_plan(self.model)
         self._repair_wrapper()
         self.state_size = max(state_size for state_size, _ in snapshot["sizes"].values())
         self.history[-1]["status"] = "taken back"
@@ -339,7 +344,7 @@ class Compressor:
         with self.processes.all_or_none("writing the checkpoint"):
             if self.processes.is_main:
                 save_config(self.model, directory)
-                write_record(self.history, directory, self.optimizer_parameters)
+                save_provenance(self.model, directory, self.optimizer_parameters)
                 if self.plan_for_checkpoint is not None:
                     cut_checkpoint(directory, self.plan_for_checkpoint, directory.parent, "--resume")
         return Continuation.read(directory.parent) if self.plan_for_checkpoint is not None else None
@@ -360,6 +365,8 @@ class Compressor:
         self.history, self.global_step = state["history"], state["global_step"]
         self._done_until, self.stopped = state["done_until"], state["stopped"]
         self.recorder.active = state["recording"]
+        if self._loaded_from is not None:
+            recall_from(self.model, self._loaded_from, self.history)
         self.follow_loaded_weights()
 
     def follow_loaded_weights(self) -> None:
@@ -478,7 +485,7 @@ class Compressor:
         self._snapshot = snapshot
         with _timed(seconds, "check"), self.processes.all_or_none("comparing the outputs before and after the cut"):
             loss_after, divergence = (None, None) if batch is None else compare_outputs(self.model, batch, before)
-        report.step = self.global_step
+        report.step, report.config = self.global_step, self.config.to_dict()
         report.seconds = seconds
         report.loss_before, report.loss_after = self._mean(before[0]), self._mean(loss_after)
         report.kl_divergence = self._mean(divergence)
@@ -514,11 +521,17 @@ class Compressor:
         if self.processes.is_main:
             logger.warning(message)
 
+    def _tell_the_model(self) -> None:
+        """What the model saves with itself is what happened before this Compressor, and this history."""
+        if self._cuts:
+            record_of(self.model).cuts = [*self._cut_earlier, *self.history]
+
     def _skip(self, reason: str, scheduled: int) -> None:
         self._done_until = max(scheduled, self.global_step)
         self.history.append(
             {"status": "skipped", "step": self.global_step, "scheduled_step": scheduled, "reason": reason}
         )
+        self._tell_the_model()
 
     def _gathered_tokens(self) -> int:
         """Tokens recorded on all processes. A collective: every process must come to the same decision."""
@@ -553,6 +566,8 @@ class Compressor:
     def _load_inputs(self, models: list[nn.Module], directory: str | Path) -> None:
         self.recorder.batches.clear()
         self.recorder.batches.extend(load_inputs(directory, all_processes().rank) or [])
+        self._loaded_from = directory
+        recall_from(self.model, directory, self.history)
 
     def _follow_resize(self, mixer: Mixer, pairs: ParameterPairs) -> None:
         """Weights of another size were loaded: the optimizer takes the new parameters, without moments."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import snapshot_download
 from torch import nn
 
-from .peft_plans import PLAN_FILE, changes_the_base, load_plans, remember_plan
+from .peft_adapters import changes_the_base
+from .provenance import PLAN_FILE, load_plans, recall, recall_from, record_of
 from .surgery import compress_
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def load_compressed_peft(base: nn.Module, directory: str | Path, **kwargs: Any) 
     for plan in plans:
         compress_(base, plan)
     model = PeftModel.from_pretrained(base, directory, **kwargs)
-    for plan in plans:
-        remember_plan(model, plan)
+    recall(model, record_of(base), vars(base)["compressm_plans"])
+    # It knows more of the cuts than their plans do: steps, losses, seconds.
+    recall_from(model, directory)
     return model

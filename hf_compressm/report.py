@@ -47,6 +47,8 @@ class CompressionReport:
         tokens: the calibration tokens the cut was decided on.
         parameters_before, parameters_after: numbers of parameters of the whole model.
         optimizer_bytes_before, optimizer_bytes_after: size of the optimizer's state; 0 without an optimizer.
+        state_bytes_before, state_bytes_after: size of the recurrent state of one sequence, as caches hold it.
+        config: what the cut was planned with, as a dictionary.
         step: the training step after which the cut was made; None outside training.
         seconds: how long each part took: measure, plan, apply, and check (loss and KL).
         loss_before, loss_after: the model's own loss right before and after, on the last recorded batch; None if it
@@ -60,6 +62,9 @@ class CompressionReport:
     parameters_after: int
     optimizer_bytes_before: int = 0
     optimizer_bytes_after: int = 0
+    state_bytes_before: int = 0
+    state_bytes_after: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
     step: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     loss_before: float | None = None

@@ -32,8 +32,8 @@ from .optimizer import (
     sliced_tensor,
     unwrap_optimizer,
 )
-from .peft_plans import remember_plan
 from .plan import CompressionPlan, LayerPlan
+from .provenance import remember_cut
 from .report import CompressionReport, LayerReport
 
 logger = logging.get_logger(__name__)
@@ -114,7 +114,7 @@ def compress_(model: nn.Module, plan: CompressionPlan, optimizer: Optimizer | No
         own_hooks = set() if engine is None else deepspeed.hooks_of(engine)
         for name, layer in plan.changes.items():
             _check(name, mixers[name], layer, optimizer, own_hooks)
-    parameters_before = _count_parameters(bare)
+    parameters_before, state_bytes_before = _count_parameters(bare), _state_bytes(mixers)
     bytes_before = optimizer_bytes(optimizer) if engine is None else deepspeed.optimizer_bytes(engine)
     # Sharded parameters are gathered one by one here.
     replacements, roundings = [], {name: Rounding() for name in plan.layers}
@@ -137,20 +137,24 @@ def compress_(model: nn.Module, plan: CompressionPlan, optimizer: Optimizer | No
         else:
             mixers[name].set_state_size(layer.state_size_after)
     update_configs(bare)
-    remember_plan(bare, plan)
     if isinstance(wrapper, DistributedDataParallel) and changed:
         rebuild_reducer(wrapper, changed)
     if engine is not None and changed:
         smaller = {item.new: (item.old, item.smaller) for item in replacements if item.smaller is not None}
         deepspeed.rebuild_optimizer(engine, optimizer, smaller)
-    return CompressionReport(
+    report = CompressionReport(
         layers=[layer_report(name, layer, roundings[name].relative_error) for name, layer in plan.layers.items()],
         tokens=plan.tokens,
         parameters_before=parameters_before,
         parameters_after=_count_parameters(bare),
         optimizer_bytes_before=bytes_before,
         optimizer_bytes_after=optimizer_bytes(optimizer) if engine is None else deepspeed.optimizer_bytes(engine),
+        state_bytes_before=state_bytes_before,
+        state_bytes_after=_state_bytes(find_mixers(bare)),
+        config=plan.config.to_dict(),
     )
+    remember_cut(bare, plan, {"status": "cut", "scheduled_step": None, **report.to_dict()})
+    return report
 
 
 def validate(plan: CompressionPlan, mixers: dict[str, Mixer]) -> None:
@@ -449,6 +453,10 @@ def optimizer_bytes(optimizer: Optimizer | None) -> int:
 
 def _count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _state_bytes(mixers: dict[str, Mixer]) -> int:
+    return sum(mixer.bytes_per_state * mixer.state_size for mixer in mixers.values())
 
 
 def layer_report(name: str, layer: LayerPlan, rounding_error: float = 0.0) -> LayerReport:

@@ -16,6 +16,7 @@ import math
 import sysconfig
 from pathlib import Path
 
+import evaluate
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
@@ -24,6 +25,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, MambaConfig, get_cosine_schedule_with_warmup
 
 from hf_compressm import CompreSSMConfig, Compressor, read_record
+from hf_compressm.metrics import metric_path
 
 
 def load_blocks(files: list[Path], block_size: int) -> torch.Tensor:
@@ -58,7 +60,9 @@ def main() -> None:
         logging.disable(logging.WARNING)
     set_seed(0)
     blocks = load_blocks(args.files or sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")), args.block_size)
-    loader = DataLoader(blocks, args.batch_size, shuffle=True, drop_last=True)
+    # The end of the text is held out, to be evaluated on.
+    held_out = blocks[-min(200, max(1, len(blocks) // 20)) :]
+    loader = DataLoader(blocks[: -len(held_out)], args.batch_size, shuffle=True, drop_last=True)
     sizes = {"vocab_size": 256, "hidden_size": args.hidden_size, "num_hidden_layers": 2}
     config = MambaConfig(**sizes, state_size=args.state_size, tie_word_embeddings=False, use_mambapy=True)
     if args.resume:
@@ -117,6 +121,14 @@ def main() -> None:
             if step == args.steps or goes_on is not None:
                 break
     progress.close()
+    if goes_on is None:
+        perplexity = evaluate.load(metric_path("perplexity"))
+        # Every process evaluates its share.
+        measured = perplexity.compute(predictions=held_out, model=model, batch_size=args.batch_size)
+        accelerator.log({"held_out_loss": measured["loss"]}, step=compressor.global_step)
+        accelerator.print(
+            f"held-out loss {measured['loss']:.4f} nats per byte, next-byte accuracy {measured['accuracy']:.2%}"
+        )
     accelerator.print(f"checkpoints are in {args.output_dir}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

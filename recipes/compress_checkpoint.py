@@ -34,10 +34,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import evaluate
 import pretrain_lm
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
-from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from pretrain_lm import build_config, build_tokenizer, count_or_fraction, load_texts, pack
 from transformers import (
     AutoConfig,
@@ -55,15 +55,18 @@ from transformers import (
 from transformers.utils import is_torchao_available
 from transformers.utils.hub import has_file
 
-from hf_compressm import CompreSSMConfig, compress_, find_mixers, measure, plan_compression, write_record
+from hf_compressm import CompreSSMConfig, compress_, find_mixers, measure, plan_compression, push_compressed
+from hf_compressm.cards import license_of, write_card
+from hf_compressm.metrics import metric_path
 from hf_compressm.planning import must_project, refuse_projection
-from hf_compressm.plots import plot_error_curves
+from hf_compressm.provenance import record_of
 from hf_compressm.ranks import fixed_sizes, fixed_state_size
+from hf_compressm.record import describe_machine
 from hf_compressm.refit import tokens_for_a_fit
+from hf_compressm.report_page import write_report_page
 
 logger = logging.getLogger("compress_checkpoint")
 
-CARD_TEMPLATE = Path(__file__).parents[1] / "hub_cards" / "compressed_checkpoint.md"
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 BYTES = "bytes"
 TRAINING_DEFAULTS = {
@@ -194,28 +197,26 @@ def divergence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     return (before.exp() * (before - after)).sum(-1)
 
 
-@torch.no_grad()
-def evaluate(model: PreTrainedModel, uncut: PreTrainedModel, blocks: torch.Tensor, batch_size: int) -> dict[str, Any]:
-    """What a model is, and how well it predicts held-out text."""
-    model.eval()
-    sums = torch.zeros(3, dtype=torch.float64)
-    for batch in blocks.split(batch_size):
-        batch = batch.to(uncut.device)
-        before, after = (log_probabilities(each, batch)[:, :-1] for each in (uncut, model))
-        targets = batch[:, 1:]
-        loss = -after.gather(-1, targets[..., None])
-        hits = after.argmax(-1) == targets
-        sums += torch.stack([part.double().sum().cpu() for part in (loss, hits, divergence(before, after))])
-    loss, accuracy, kl = (sums / blocks[:, 1:].numel()).tolist()
+def describe(model: PreTrainedModel) -> dict[str, Any]:
+    """The sizes of a model."""
     mixers = find_mixers(model).values()
     sizes = sorted({mixer.state_size for mixer in mixers})
     return {
         "state_size": " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))),
         "parameters": model.num_parameters(),
         "state_bytes": sum(mixer.bytes_per_state * mixer.state_size for mixer in mixers),
-        "loss": loss,
-        "accuracy": accuracy,
-        "kl_divergence": max(kl, 0.0),
+    }
+
+
+def assess(model: PreTrainedModel, uncut: PreTrainedModel, blocks: torch.Tensor, batch_size: int) -> dict[str, Any]:
+    """What a model is, and how well it predicts held-out text."""
+    given = {"predictions": blocks, "model": model, "batch_size": batch_size}
+    predicted = evaluate.load(metric_path("perplexity")).compute(**given)
+    return {
+        **describe(model),
+        "loss": predicted["loss"],
+        "accuracy": predicted["accuracy"],
+        **evaluate.load(metric_path("kl_divergence")).compute(**given, reference_model=uncut),
     }
 
 
@@ -253,14 +254,18 @@ def tokenize(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) ->
     return {"input_ids": [[*ids, *end] for ids in tokenizer(batch["text"], add_special_tokens=False)["input_ids"]]}
 
 
+def load_documents(data: DataArguments, seed: int) -> DatasetDict:
+    """The texts of files or of a data set, split into `train` and `test`."""
+    if data.dataset is None:
+        return load_texts(data, seed)
+    texts = load_dataset(data.dataset, data.dataset_config, split=data.dataset_split)
+    texts = texts.select_columns(data.text_column).rename_columns({data.text_column: "text"})
+    return texts.train_test_split(test_size=data.held_out, seed=seed)
+
+
 def load_blocks(data: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: int) -> DatasetDict:
     """Sequences of --block_size tokens, split into `train`, in random order, and `test`."""
-    if data.dataset is None:
-        texts = load_texts(data, seed)
-    else:
-        texts = load_dataset(data.dataset, data.dataset_config, split=data.dataset_split)
-        texts = texts.select_columns(data.text_column).rename_columns({data.text_column: "text"})
-        texts = texts.train_test_split(test_size=data.held_out, seed=seed)
+    texts = load_documents(data, seed)
     tokens = texts.map(tokenize, batched=True, remove_columns="text", fn_kwargs={"tokenizer": tokenizer})
     blocks = tokens.map(pack, batched=True, remove_columns="input_ids", fn_kwargs={"block_size": data.block_size})
     if not len(blocks["test"]):
@@ -361,24 +366,18 @@ def command(training: TrainingArguments, *groups: Any) -> str:
     return shlex.join(words)
 
 
-def write_card(output: Path, base_model: str | None, results: dict[str, Any]) -> None:
-    """The model's README.md, from the project's template."""
-    last = results["columns"][results["final"]]
-    evaluated = [
-        EvalResult(
-            "text-generation", "text", results["text"], kind, round(last[kind], 6), task_name="Language modeling"
-        )
-        for kind in ("loss", "accuracy")
-    ]
-    data = ModelCardData(
-        library_name="transformers",
-        tags=["mamba", "state-space-model", "compressm"],
-        base_model=base_model,
-        base_model_relation=None if base_model is None else "finetune",
-        model_name=results["name"],
-        eval_results=evaluated,
+def healing(cut: CutArguments, training: TrainingArguments) -> str:
+    """What was done after the cut, for the card."""
+    if cut.heal == "none":
+        return "It was not trained afterwards."
+    targets = ", ".join(cut.lora_targets)
+    lora = f"LoRA of rank {cut.lora_rank} on {targets}, merged into the weights"
+    how = lora if cut.heal == "lora" else "all weights"
+    return (
+        f"Healing: {how}, {training.max_steps} steps at a peak learning rate of {training.learning_rate}; "
+        f"{cut.distillation:.0%} of the loss was the KL divergence from the uncut model's predictions, the rest the "
+        "loss on the text."
     )
-    ModelCard.from_template(data, template_path=str(CARD_TEMPLATE), **results).save(output / "README.md")
 
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
@@ -423,51 +422,47 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         )
     uncut = copy.deepcopy(model).requires_grad_(False).eval()
     batch_size = training_args.per_device_eval_batch_size
-    columns = {"uncut": evaluate(model, uncut, held_out, batch_size)}
+    columns = {"uncut": assess(model, uncut, held_out, batch_size)}
     statistics = measure(model, calibration.split(batch_size), show_progress=True)
     report = compress_(model, plan_compression(model, statistics, config))
     del statistics
     if not report.changed:
         raise ValueError(f"nothing was cut: the rule keeps more than {config.max_kept_fraction:.0%} of the states")
-    columns["cut"] = evaluate(model, uncut, held_out, batch_size)
+    columns["cut"] = assess(model, uncut, held_out, batch_size)
     report.loss_before, report.loss_after = columns["uncut"]["loss"], columns["cut"]["loss"]
     report.kl_divergence = columns["cut"]["kl_divergence"]
     print(f"\n{report}\n")
     if cut_args.heal != "none":
         model = heal(model, uncut, blocks["train"], cut_args, training_args)
-        columns["healed"] = evaluate(model, uncut, held_out, batch_size)
+        columns["healed"] = assess(model, uncut, held_out, batch_size)
 
+    record = record_of(model)
+    record.cuts[-1] |= report.to_dict()
+    record.evaluations, record.machine = dict(columns), describe_machine()
+    text = data_args.dataset or "text files"
+    record.run = {
+        "base_model": source,
+        "license": license_of(source),
+        "dataset": data_args.dataset,
+        "seed": training_args.seed,
+        "command": command(training_args, model_args, cut_args, data_args),
+        "evaluated_on": f"{held_out.numel():,} held-out tokens of {text}, which the cut and the healing did not see",
+        "healing": healing(cut_args, training_args),
+    }
+    if cut_args.quantize == "int8":
+        record.run["description"] = "`int8/` holds a copy with 8-bit weights, which needs torchao."
     model.save_pretrained(output)
     tokenizer.save_pretrained(output)
-    entry = {"status": "cut", "scheduled_step": 0, **report.to_dict()}
-    write_record([entry], output)
-    plot_error_curves(entry, output / "spectrum.png")
-    final = list(columns)[-1]
     if cut_args.quantize == "int8":
-        columns["int8 copy"] = evaluate(save_quantized(output).to(uncut.device), uncut, held_out, batch_size)
+        columns["int8 copy"] = assess(save_quantized(output).to(uncut.device), uncut, held_out, batch_size)
         tokenizer.save_pretrained(output / "int8")
-    results = {
-        "name": output.name,
-        "columns": columns,
-        "final": final,
-        "report": report,
-        "model_class": type(model).__name__,
-        "projected": any(mixer.is_projected for mixer in find_mixers(model).values()),
-        "text": data_args.dataset or "text files",
-        "cut": vars(cut_args),
-        "training": training_args,
-        "held_out_tokens": held_out.numel(),
-        "command": command(training_args, model_args, cut_args, data_args),
-    }
-    write_card(output, None if Path(source).exists() else source, results)
-    print(f"\n{table(columns)}\n\n{output}/ holds the model, its tokenizer, its card (README.md) and spectrum.png")
+    write_card(output)
+    write_report_page(output)
+    print(f"\n{table(columns)}\n\n{output}/ holds the model, its tokenizer, its card (README.md) and report.html")
     if push:
-        api = HfApi(token=training_args.hub_token)
-        name = api.create_repo(
-            training_args.hub_model_id or output.name, private=training_args.hub_private_repo, exist_ok=True
-        ).repo_id
-        print(api.upload_folder(repo_id=name, folder_path=output, ignore_patterns=["checkpoint-*"]))
-    return results
+        name, token = training_args.hub_model_id or output.name, training_args.hub_token
+        print(push_compressed(output, name, token=token, private=training_args.hub_private_repo))
+    return columns
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ The last trains a Mamba-2 and projects its 128 features to 12 states: nearly los
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import statistics
@@ -21,9 +22,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import evaluate
 import torch
-import torch.nn.functional as F
-from huggingface_hub import ModelCard, ModelCardData
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from transformers import (
@@ -40,15 +40,17 @@ from transformers import (
     set_seed,
 )
 
-from hf_compressm import CompreSSMCallback, CompreSSMConfig, find_mixers
-from hf_compressm.plots import plot_error_curves
+from hf_compressm import CompreSSMCallback, CompreSSMConfig, Record, find_mixers
+from hf_compressm.cards import write_card
+from hf_compressm.metrics import metric_path
+from hf_compressm.provenance import record_of
+from hf_compressm.report_page import write_report_page
 from hf_compressm.surgery import optimizer_bytes
 
 PIXEL_VALUES = 17
 QUERY = PIXEL_VALUES
 FIRST_DIGIT = QUERY + 1
 VOCABULARY = FIRST_DIGIT + 10
-CARD_TEMPLATE = Path(__file__).parents[1] / "hub_cards" / "digits.md"
 
 
 @dataclass
@@ -114,20 +116,18 @@ def collate(sequences: list[torch.Tensor], noise: bool) -> dict[str, torch.Tenso
     return {"input_ids": input_ids, "labels": labels}
 
 
-@torch.no_grad()
-def evaluate(model: PreTrainedModel, sequences: torch.Tensor) -> dict[str, Any]:
-    """Loss, accuracy and log-probabilities of the answers, in eval mode; the model's mode is put back."""
-    training = model.training
-    model.eval()
-    # The last position is the answer itself; the one before it, the query, predicts it.
-    logits = torch.cat([model(part, use_cache=False, logits_to_keep=2).logits[:, 0] for part in sequences.split(60)])
-    model.train(training)
-    answers = sequences[:, -1]
-    return {
-        "loss": F.cross_entropy(logits, answers).item(),
-        "accuracy": (logits.argmax(-1) == answers).float().mean().item(),
-        "log_probabilities": logits.log_softmax(-1),
-    }
+def assess(model: PreTrainedModel, sequences: torch.Tensor) -> dict[str, float]:
+    """Loss and accuracy of the answers."""
+    metric = evaluate.load(metric_path("last_position_accuracy"))
+    return metric.compute(predictions=sequences, model=model, batch_size=60)
+
+
+def kl_divergence(before: PreTrainedModel, after: PreTrainedModel, sequences: torch.Tensor) -> float:
+    """Mean KL(before ‖ after) of the answers' probabilities, in nats."""
+    labels = collate(list(sequences), noise=False)["labels"]
+    given = {"predictions": sequences, "labels": labels, "batch_size": 60}
+    metric = evaluate.load(metric_path("kl_divergence"))
+    return metric.compute(**given, model=after, reference_model=before)["kl_divergence"]
 
 
 class BeforeTheCut(TrainerCallback):
@@ -137,6 +137,7 @@ class BeforeTheCut(TrainerCallback):
         self.cutter, self.test = cutter, test
         self.step_seconds: dict[int, list[float]] = {}
         self.measured: dict[str, Any] = {}
+        self.uncut: PreTrainedModel | None = None
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.start = time.perf_counter()
@@ -146,19 +147,22 @@ class BeforeTheCut(TrainerCallback):
         self.step_seconds.setdefault(model.config.state_size, []).append(seconds)
         pending = self.cutter.compressor.pending
         if pending and state.global_step >= pending[0]:
-            self.measured = evaluate(model, self.test) | describe(model, optimizer)
+            self.measured = assess(model, self.test) | describe(model, optimizer)
+            self.uncut = copy.deepcopy(model)
 
 
 class AfterTheCut(TrainerCallback):
     """Evaluates right after the cut. Stands behind the CompreSSMCallback in the list."""
 
-    def __init__(self, cutter: CompreSSMCallback, test: torch.Tensor) -> None:
-        self.cutter, self.test = cutter, test
+    def __init__(self, cutter: CompreSSMCallback, before: BeforeTheCut, test: torch.Tensor) -> None:
+        self.cutter, self.before, self.test = cutter, before, test
         self.measured: dict[str, Any] = {}
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         if self.cutter.history and not self.measured:
-            self.measured = evaluate(model, self.test) | describe(model, optimizer)
+            self.measured = assess(model, self.test) | describe(model, optimizer)
+            self.measured["kl_divergence"] = kl_divergence(self.before.uncut, model, self.test)
+            self.before.uncut = None
 
 
 def describe(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, int]:
@@ -175,11 +179,6 @@ def describe(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[s
 def median_ms(step_seconds: list[float]) -> float:
     """The median, without the first steps, which allocate memory."""
     return 1000 * statistics.median(step_seconds[3:] or step_seconds)
-
-
-def kl_divergence(before: torch.Tensor, after: torch.Tensor) -> float:
-    """Mean KL(before ‖ after) of log-probabilities, in nats."""
-    return (before.exp() * (before - after)).sum(-1).mean().item()
 
 
 def table(before: dict[str, Any], after: dict[str, Any], final: dict[str, Any], ms: dict[int, float]) -> str:
@@ -202,15 +201,22 @@ def table(before: dict[str, Any], after: dict[str, Any], final: dict[str, Any], 
     return "\n".join(lines)
 
 
-def write_card(output: Path, arguments: DemoArguments, config: CompreSSMConfig, results: dict[str, Any]) -> None:
-    """The model's README.md, from the project's template."""
-    data = ModelCardData(
-        library_name="transformers", tags=["mamba", "state-space-model", "compressm"], license="apache-2.0"
-    )
-    card = ModelCard.from_template(
-        data, template_path=str(CARD_TEMPLATE), results=results, arguments=vars(arguments), config=config.to_dict()
-    )
-    card.save(output / "README.md")
+def describe_run(record: Record, arguments: DemoArguments, measured: dict[str, dict[str, Any]]) -> None:
+    """Put into the model's record what its card is to tell."""
+    names = {name: value for name, value in vars(arguments).items() if name != "output_dir"}
+    record.run |= {
+        "license": "apache-2.0",
+        "dataset": "scikit-learn's digits",
+        "description": "Input: the 64 pixels of an 8×8 image of scikit-learn's digits, row by row, as tokens 0 to 16, "
+        f"then the query token {QUERY}. The next token is the digit plus {FIRST_DIGIT}.",
+        "command": "python recipes/digits.py " + " ".join(f"--{name} {value}" for name, value in names.items()),
+        "evaluated_on": "the 360 digits of the test set. One run, one seed",
+        "limits": f"A toy: {measured['at the end']['parameters']:,} parameters, 8×8 images.",
+    }
+    shown = ("loss", "accuracy", "kl_divergence")
+    record.evaluations = {
+        stage: {name: values[name] for name in shown if name in values} for stage, values in measured.items()
+    }
 
 
 def main() -> None:
@@ -226,7 +232,8 @@ def main() -> None:
         state_size=arguments.target_state_size, realization=arguments.realization, schedule=[arguments.cut_at]
     )
     cutter = CompreSSMCallback(config)
-    before, after = BeforeTheCut(cutter, test), AfterTheCut(cutter, test)
+    before = BeforeTheCut(cutter, test)
+    after = AfterTheCut(cutter, before, test)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -255,8 +262,12 @@ def main() -> None:
     train_seconds = time.perf_counter() - start
 
     model.eval()
-    final = evaluate(model, test) | describe(model, trainer.optimizer)
+    final = assess(model, test) | describe(model, trainer.optimizer)
+    stages = {"right before the cut": before.measured, "right after the cut": after.measured, "at the end": final}
+    describe_run(record_of(model), arguments, stages)
     trainer.save_model(str(output))
+    write_card(output)
+    write_report_page(output)
     reloaded = AutoModelForCausalLM.from_pretrained(output).to(model.device)
     with torch.no_grad():
         difference = (reloaded(test[:60]).logits - model(test[:60]).logits).abs().max().item()
@@ -277,7 +288,7 @@ def main() -> None:
         "accuracy_after_cut": after.measured["accuracy"],
         "final_loss": final["loss"],
         "final_accuracy": final["accuracy"],
-        "kl_across_cut": kl_divergence(before.measured["log_probabilities"], after.measured["log_probabilities"]),
+        "kl_across_cut": after.measured["kl_divergence"],
         "cut_seconds": sum(cut["seconds"].values()),
         "cut_step": cut["step"],
         "train_seconds": train_seconds,
@@ -285,15 +296,13 @@ def main() -> None:
         "model_class": type(reloaded).__name__,
         "projected": any(mixer.is_projected for mixer in find_mixers(reloaded).values()),
     }
-    plot_error_curves(cut, output / "spectrum.png")
-    write_card(output, arguments, config, results)
 
     print(f"\n{table(before.measured, after.measured, final, ms)}")
     print(
         f"\nThe cut at step {cut['step']} of {arguments.steps} took {results['cut_seconds']:.1f} s and changed the "
         f"answers by a mean KL divergence of {results['kl_across_cut']:.1e} nats.\n"
         f"A step took {results['step_ms_before']:.0f} ms before it, and {results['step_ms_after']:.0f} ms after it.\n"
-        f"{output}/ holds the model, its card (README.md) and spectrum.png.\n"
+        f"{output}/ holds the model, its card (README.md) and a page with pictures of all this, report.html.\n"
         f"Reloaded as {results['model_class']}: logits differ by at most {difference:.1e}.\n"
     )
     print(json.dumps({name: round(item, 8) if isinstance(item, float) else item for name, item in results.items()}))

@@ -18,6 +18,7 @@ import sysconfig
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import evaluate
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -32,6 +33,7 @@ from transformers import (
 )
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, load_compressed_peft
+from hf_compressm.metrics import metric_path
 
 STANDARD_LIBRARY = glob.escape(sysconfig.get_path("stdlib"))
 TRAINING_DEFAULTS = {
@@ -115,19 +117,21 @@ def main(arguments: list[str] | None = None) -> Trainer:
     set_seed(training.seed)
     base, output = recipe.base or train_base(recipe, training), Path(training.output_dir)
     blocks = byte_blocks(recipe.adapter_files, recipe.block_size)
-    held_out = blocks[::10]
+    held_out = torch.stack([block["input_ids"] for block in blocks[::10]])
 
     lora = LoraConfig(r=recipe.rank, target_modules=recipe.targets, use_dora=recipe.dora, task_type="CAUSAL_LM")
     trainer = Trainer(
         model=get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora),
         args=training,
         train_dataset=[block for number, block in enumerate(blocks) if number % 10],
-        eval_dataset=held_out,
         callbacks=[CompreSSMCallback(CompreSSMConfig(state_size=recipe.target_state_size, schedule=[recipe.cut_at]))],
     )
-    print(f"held-out loss of the base model: {trainer.evaluate()['eval_loss']:.4f}")
+    perplexity = evaluate.load(metric_path("perplexity"))
+    before = perplexity.compute(predictions=held_out, model=trainer.model)
+    print(f"held-out loss of the base model: {before['loss']:.4f} nats per byte")
     trainer.train()
-    print(f"held-out loss with adapters and a smaller state: {trainer.evaluate()['eval_loss']:.4f}")
+    after = perplexity.compute(predictions=held_out, model=trainer.model)
+    print(f"held-out loss with adapters and a smaller state: {after['loss']:.4f} nats per byte")
 
     # The adapter alone is saved, with the plan of the cut.
     trainer.save_model(str(output / "adapter"))

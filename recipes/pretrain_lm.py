@@ -41,6 +41,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import evaluate
 import torch
 import transformers
 from datasets import Dataset, DatasetDict, load_dataset
@@ -64,6 +65,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.trainer_pt_utils import get_model_param_count
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
+from hf_compressm.metrics import metric_path
 
 logger = logging.getLogger("pretrain_lm")
 
@@ -347,15 +349,21 @@ def main(arguments: list[str] | None = None) -> Trainer:
         return trainer
     trainer.save_metrics("train", metrics)
 
-    metrics = trainer.evaluate()
-    tokens_per_byte = sum(map(len, tokens["test"]["input_ids"])) / sum(tokens["test"]["bytes"])
-    metrics["eval_perplexity"] = math.exp(min(metrics["eval_loss"], 700))
-    metrics["eval_bits_per_byte"] = metrics["eval_loss"] / math.log(2) * tokens_per_byte
-    trainer.save_metrics("eval", metrics)
     if trainer.is_fsdp_enabled:
         # Checkpoints may be sharded, but of shards the Trainer saves no model.
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model()
+    # Blocks leave out the end of the text.
+    share = len(blocks["test"]) * data_args.block_size / sum(map(len, tokens["test"]["input_ids"]))
+    held_out = evaluate.load(metric_path("perplexity")).compute(
+        predictions=blocks["test"]["input_ids"],
+        model=trainer.model_wrapped,
+        text_bytes=share * sum(tokens["test"]["bytes"]),
+        batch_size=training_args.per_device_eval_batch_size,
+    )
+    metrics = {f"eval_{name}": value for name, value in held_out.items()}
+    trainer.log(metrics)
+    trainer.save_metrics("eval", metrics)
     if is_main:
         print(f"\n{summary(trainer, timer, callback.history, metrics)}\n{training_args.output_dir}/ holds the model")
     return trainer

@@ -38,7 +38,7 @@ from hf_compressm import (
     load_compressed_peft,
     read_record,
 )
-from hf_compressm.peft_plans import load_plans, plans_of
+from hf_compressm.provenance import load_plans, plans_of
 
 MAMBA, MAMBA2 = TINY["mamba"], TINY["mamba2"]
 CASES = {

@@ -21,7 +21,7 @@ from training import (
 from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMCallback, read_record
-from hf_compressm.peft_plans import load_plans
+from hf_compressm.provenance import load_plans
 
 
 class Metric:

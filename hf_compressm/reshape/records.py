@@ -10,11 +10,11 @@ import torch
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ..checkpoint import RECORD_FILE, read_record
 from ..config import CompreSSMConfig
 from ..mixers import find_mixers
 from ..modeling_compressm import MODEL_CLASSES, projected_class
 from ..ranks import target_is_reached
+from ..record import RECORD_FILE, Record
 from ..schedule import cut_steps
 from . import torch_files
 from .work import Work
@@ -74,8 +74,8 @@ def read_recorded(checkpoint: Path) -> tuple[list[dict[str, Any]], list[list[str
     """The history in a checkpoint's compressm.json, and the names of the optimizer's parameters if they are there."""
     if not (checkpoint / RECORD_FILE).is_file():
         return [], None
-    content = json.loads((checkpoint / RECORD_FILE).read_text(encoding="utf-8"))
-    return read_record(checkpoint), content.get("optimizer_parameters")
+    record = Record.load(checkpoint)
+    return record.cuts, record.optimizer_parameters
 
 
 class TrainingState:

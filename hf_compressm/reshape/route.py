@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
-from ..checkpoint import RECORD_FILE, write_record
 from ..plan import CompressionPlan
+from ..record import RECORD_FILE, write_record
 from ..report import CompressionReport
 from ..surgery import layer_report
 from . import dcp, records, safetensors_files, torch_files, zero

@@ -27,8 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM
 
 from hf_compressm import CompreSSMConfig, measure, plan_compression
-from hf_compressm.checkpoint import library_versions
 from hf_compressm.distributed.processes import ALONE, Processes, all_processes
+from hf_compressm.record import library_versions
 
 WORLDS = (1, 2, 4)
 SIZES = {

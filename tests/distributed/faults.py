@@ -33,7 +33,7 @@ from training import build_trainer, config, examples, moments, weights
 from transformers import Trainer, TrainerCallback
 
 from hf_compressm import CompreSSMCallback, read_record
-from hf_compressm.checkpoint import RECORD_FILE
+from hf_compressm.record import RECORD_FILE
 
 WORLD = 2
 STEPS = 6

@@ -14,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
 
 TESTS = Path(__file__).parents[1]
 RECIPES = TESTS.parent / "recipes"
@@ -64,6 +65,15 @@ def logged(output: Path, name: str = "loss") -> dict[int, float]:
     return {event.step: event.value for event in events.Scalars(name)}
 
 
+def assert_evaluated(output: Path, text: tuple[str, str]) -> None:
+    """The end of the text, which no step has seen, was evaluated on: the loss is Transformers' own."""
+    held_out = accelerate_loop.load_blocks([Path(text[1])], 128)[-ROWS // 20 :]
+    with torch.no_grad():
+        model = AutoModelForCausalLM.from_pretrained(output / "step_20").eval()
+        loss = model(held_out, labels=held_out).loss.item()
+    assert logged(output, "held_out_loss") == {20: pytest.approx(loss, rel=1e-5)}
+
+
 def assert_same_end(ours: Path, theirs: Path, tolerance: float = 0.0) -> None:
     """The same weights in the last checkpoint, of the smaller model."""
     assert json.loads((ours / "step_20" / "config.json").read_text())["state_size"] == 4
@@ -86,8 +96,9 @@ def unbroken(request, text, tmp_path_factory) -> tuple[Path, tuple[str, ...]]:
 
 
 @pytest.mark.parametrize(("checkpoint", "cuts"), [("step_3", 1), ("step_6", 0)], ids=["before the cut", "after it"])
-def test_a_resumed_run_is_the_unbroken_one(unbroken, tmp_path, capsys, checkpoint, cuts):
+def test_a_resumed_run_is_the_unbroken_one(unbroken, text, tmp_path, capsys, checkpoint, cuts):
     whole, options = unbroken
+    assert_evaluated(whole, text)
     resumed = run_here(tmp_path, *options, "--resume", str(whole / checkpoint))
     assert capsys.readouterr().out.count("CompreSSM, step 4") == cuts
     assert logged(resumed) == {step: loss for step, loss in logged(whole).items() if step > int(checkpoint[-1])}
@@ -114,6 +125,8 @@ def test_two_processes_are_like_one_and_resume(text, tmp_path):
     assert first.stdout.count("CompreSSM, step 4") == 1 and first.stdout.count("checkpoints are in") == 1
     alone = run_here(tmp_path / "alone", *text)
     assert logged(whole) == pytest.approx(logged(alone), abs=1e-4)
+    assert_evaluated(whole, text)
+    assert first.stdout.count("held-out loss") == 1
 
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", loop)
     resumed = tmp_path / "resumed"

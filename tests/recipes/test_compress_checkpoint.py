@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -86,7 +85,7 @@ MODES = [
 @pytest.mark.parametrize(("model", "realization", "heal", "distillation"), MODES)
 def test_each_way_of_healing_saves_a_plain_model(run, folder, capsys, model, realization, heal, distillation):
     options = ("--realization", realization, "--heal", heal, "--distillation", str(distillation))
-    columns = run("--state_size", "2", *options, model=model)["columns"]
+    columns = run("--state_size", "2", *options, model=model)
     assert list(columns) == ["uncut", "cut"] + ["healed"] * (heal != "none")
     assert columns["uncut"]["kl_divergence"] == 0 < columns["cut"]["kl_divergence"]
     assert [column["state_size"] for column in columns.values()] == ["8"] + ["2"] * (len(columns) - 1)
@@ -112,7 +111,9 @@ def test_each_way_of_healing_saves_a_plain_model(run, folder, capsys, model, rea
     (cut,) = read_record("out")
     assert cut["kl_divergence"] == columns["cut"]["kl_divergence"]
     card = Path("out/README.md").read_text()
-    assert "8 of 2" not in card and "2 of 8 states" in card and f"{list(columns.values())[-1]['loss']:.4f}" in card
+    assert "| state size N | 8 | 2 |" in card and f"{list(columns.values())[-1]['loss']:.4f}" in card
+    assert "python recipes/compress_checkpoint.py --model" in card and "held-out tokens of text files" in card
+    assert "<html" in Path("out/report.html").read_text()
     assert Path("out/spectrum.png").stat().st_size > 10_000
     text = "7 times 2 is 14"
     tokenizer = AutoTokenizer.from_pretrained("out")
@@ -131,14 +132,14 @@ def test_projections_are_healed_beside_the_adapters(run):
 
 def test_distillation_brings_the_model_back_to_the_uncut_one(run):
     options = ("--state_size", "2", "--max_steps", "60", "--learning_rate", "3e-3", "--distillation", "1")
-    columns = run(*options, model="mamba2")["columns"]
+    columns = run(*options, model="mamba2")
     assert columns["healed"]["kl_divergence"] < 0.7 * columns["cut"]["kl_divergence"]
 
 
 def test_what_is_reported_is_what_torch_calculates():
     uncut, blocks = lively(TINY["mamba"].build()).eval(), tokens(6, 24)
     model = lively(TINY["mamba"].build(), seed=1).eval()
-    measured = compress_checkpoint.evaluate(model, uncut, blocks, batch_size=4)
+    measured = compress_checkpoint.assess(model, uncut, blocks, batch_size=4)
     with torch.no_grad():
         output, before = model(blocks, labels=blocks), uncut(blocks).logits.log_softmax(-1)
     after = output.logits.log_softmax(-1)
@@ -189,9 +190,9 @@ def test_the_healing_loss_and_its_gradient(tmp_path, distillation, accumulation)
 
 def test_without_a_model_it_trains_one_and_uses_it_again(run, caplog):
     small = ("--tiny_steps", "2", "--tiny_state_size", "8", "--heal", "none", "--architecture", "mamba2")
-    first = run(*small, model=None)["columns"]
+    first = run(*small, model=None)
     assert first["cut"]["state_size"] == "1"
-    again = run(*small, "--output_dir", "again", model=None)["columns"]
+    again = run(*small, "--output_dir", "again", model=None)
     assert again == first
     assert "holds a tiny model of an earlier run" in caplog.text
 
@@ -199,19 +200,19 @@ def test_without_a_model_it_trains_one_and_uses_it_again(run, caplog):
 def test_a_data_set_in_the_place_of_files(run, folder):
     options = ("--dataset", str(folder / "set"), "--text_column", "content", "--dataset_split", "train[:80%]")
     results = run(*options, "--state_size", "0.5", "--heal", "none")
-    assert results["columns"]["cut"]["state_size"] == "4"
+    assert results["cut"]["state_size"] == "4"
 
 
 def test_a_tolerance_and_further_options(run):
     options = ("--tolerance", "0.3", "--cut_options", '{"multiple_of": 2}', "--heal", "none")
     results = run(*options)
-    assert int(results["columns"]["cut"]["state_size"]) in (2, 4, 6)
+    assert int(results["cut"]["state_size"]) in (2, 4, 6)
     assert read_record("out")[0]["layers"][0]["relative_error"] <= 0.3
 
 
 @pytest.mark.parametrize("model", ["mamba", "mamba2"])
 def test_a_quantized_copy(run, model):
-    columns = run("--state_size", "4", "--heal", "none", "--quantize", "int8", model=model)["columns"]
+    columns = run("--state_size", "4", "--heal", "none", "--quantize", "int8", model=model)
     assert list(columns) == ["uncut", "cut", "int8 copy"]
     assert columns["int8 copy"]["loss"] == pytest.approx(columns["cut"]["loss"], rel=0.05)
     copied = AutoModelForCausalLM.from_pretrained("out/int8")
@@ -222,28 +223,21 @@ def test_a_quantized_copy(run, model):
 
 def test_pushing(folder, tmp_path):
     """With the real client, which reads the address when it is imported: in a process of its own."""
-    environment = {
-        "HF_HOME": str(tmp_path / "home"),
-        "HF_HUB_OFFLINE": "0",
-        "HF_HUB_DISABLE_XET": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "NO_PROXY": "127.0.0.1",
-        "OMP_NUM_THREADS": "1",
-    }
     arguments = ("--model", str(folder / "mamba2"), "--train_files", str(folder / "*.txt"), "--state_size", "2")
     pushing = ("--output_dir", "out", "--push_to_hub", "--hub_model_id", "me/smaller", "--hub_token", "hf_secret")
-    with loopback_hub() as (endpoint, files):
+    with loopback_hub() as hub:
         command = [sys.executable, str(RECIPE), *SMALL, *arguments, *pushing, "--heal", "none"]
         result = subprocess.run(
             command,
-            env=os.environ | environment | {"HF_ENDPOINT": endpoint},
+            env=hub.environment(tmp_path / "home") | {"OMP_NUM_THREADS": "1"},
             cwd=tmp_path,
             capture_output=True,
             text=True,
             timeout=300,
         )
         assert result.returncode == 0, result.stderr[-4000:]
-    assert "hf_secret" not in result.stdout + result.stderr and b"hf_secret" not in b"".join(files.values())
+    assert "hf_secret" not in result.stdout + result.stderr and hub.places_of("hf_secret") == []
+    files = hub.repositories["me/smaller"].files
     assert "each byte of the text is a token" in result.stderr
     assert {"config.json", "model.safetensors", "README.md", "compressm.json", "spectrum.png", "tokenizer.json"} <= {
         *files
@@ -315,5 +309,5 @@ def test_a_projected_model_is_cut_further(run, folder, tmp_path):
     compress(model, [tokens(8, 32)], CompreSSMConfig(state_size=4, realization="projected"))
     model.save_pretrained(tmp_path / "projected")
     options = ("--model", str(tmp_path / "projected"), "--realization", "projected", "--state_size", "2")
-    columns = run(*options, "--heal", "none", model=None)["columns"]
+    columns = run(*options, "--heal", "none", model=None)
     assert [column["state_size"] for column in columns.values()] == ["4", "2"]

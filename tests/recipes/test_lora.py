@@ -6,6 +6,7 @@ import re
 
 import lora
 import pytest
+import torch
 from conftest import TINY
 from peft import PeftConfig
 from transformers import AutoModelForCausalLM
@@ -33,10 +34,14 @@ def test_an_adapter_comes_back_and_is_merged(tmp_path, texts, capsys, options):
     trainer = lora.main([*SMALL, *files, "--output_dir", str(output), *options])
     printed = capsys.readouterr().out
     before, after = (
-        float(re.search(rf"held-out loss {what}: (.*)", printed)[1])
+        float(re.search(rf"held-out loss {what}: (.*) nats", printed)[1])
         for what in ("of the base model", "with adapters and a smaller state")
     )
     assert after < before
+    blocks = torch.stack([block["input_ids"] for block in lora.byte_blocks(texts, 32)[::10]])
+    with torch.no_grad():
+        loss = AutoModelForCausalLM.from_pretrained(output / "merged")(blocks, labels=blocks).loss.item()
+    assert after == pytest.approx(loss, abs=2e-4)
     assert "put back on the original model: logits differ by 0.0e+00" in printed
     assert float(re.search("merged: logits differ by (.*)", printed)[1]) < 1e-4
     assert PeftConfig.from_pretrained(output / "adapter").use_dora == bool(options)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pretrain_lm
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -48,6 +50,20 @@ def run(
     )
 
 
+def assert_evaluated(output: Path, texts: str) -> None:
+    """The saved numbers are those of the saved model, by Transformers' own loss."""
+    data, tokenizer = pretrain_lm.DataArguments([texts], held_out=0.25), AutoTokenizer.from_pretrained(output)
+    tokens = pretrain_lm.tokenize(pretrain_lm.load_texts(data, seed=42)["test"][:], tokenizer)
+    blocks = torch.tensor(pretrain_lm.pack(tokens, block_size=32)["input_ids"])
+    with torch.no_grad():
+        loss = AutoModelForCausalLM.from_pretrained(output).eval()(blocks, labels=blocks).loss.item()
+    saved = json.loads((output / "eval_results.json").read_text())
+    assert saved["eval_loss"] == pytest.approx(loss, rel=1e-5)
+    assert saved["eval_perplexity"] == pytest.approx(math.exp(loss), rel=1e-4)
+    tokens_per_byte = sum(map(len, tokens["input_ids"])) / sum(tokens["bytes"])
+    assert saved["eval_bits_per_byte"] == pytest.approx(loss / math.log(2) * tokens_per_byte, rel=1e-5)
+
+
 @pytest.mark.parametrize(("architecture", "tokenizer"), [("mamba", "bytes"), ("mamba2", "bpe")])
 def test_one_process_cuts_and_saves_a_stock_model(tmp_path, texts, architecture, tokenizer):
     output = tmp_path / "out"
@@ -61,7 +77,7 @@ def test_one_process_cuts_and_saves_a_stock_model(tmp_path, texts, architecture,
     assert AutoTokenizer.from_pretrained(output).decode(ids[0]) == "7 times 2 is"
     assert torch.isfinite(model(ids).logits).all()
     assert json.loads((output / "compressm.json").read_text())["cuts"][0]["status"] == "cut"
-    assert 0 < json.loads((output / "eval_results.json").read_text())["eval_bits_per_byte"] < 10
+    assert_evaluated(output, texts)
 
 
 @pytest.mark.parametrize(
@@ -87,6 +103,7 @@ def test_two_processes_are_killed_and_go_on(tmp_path, texts):
     whole = tmp_path / "whole"
     result = run(tmp_path, *options, "--output_dir", str(whole), processes=2)
     assert result.returncode == 0, result.stderr[-4000:]
+    assert_evaluated(whole, texts)
 
     for last_step, going_on_from, cut_again in ((6, "checkpoint-4", True), (9, "checkpoint-8", False)):
         killed = tmp_path / f"killed at {last_step}"

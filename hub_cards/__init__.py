@@ -1,0 +1,1 @@
+"""Templates of model cards, installed with the package as `hf_compressm.hub_cards`."""
