@@ -22,7 +22,7 @@ from .config import CompreSSMConfig
 from .mixers import Mixer, find_mixers, layers_by_config
 from .mixers.resize import resize_mixer, update_configs
 from .plan import CompressionPlan
-from .planning import _rank, plan_compression
+from .planning import plan_compression, rank_states
 from .plots import BLUE, GREEN, INK, ORANGE, VIOLET, save_figure
 from .projection import measured_error_curve, measured_hankel_values
 from .ranks import choose_state_sizes
@@ -295,14 +295,14 @@ def analyze(
             progress.update()
         return found
 
-    choices = {"stock": _choice("stock", stock, mixers, curves(lambda *layer: _rank(*layer, stock).curve))}
+    choices = {"stock": _choice("stock", stock, mixers, curves(lambda *layer: rank_states(*layer, stock).curve))}
     hankel_values = {}
     if projects:
         choices["projected"] = _choice("projected", projected, mixers, curves(measured_error_curve))
         hankel_values = {name: measured_hankel_values(layer).tolist() for name, layer in statistics.items()}
     worst = {}
     for name, config in others.items():
-        worst[name] = _worst_curve(curves(lambda *layer, config=config: _rank(*layer, config).curve))
+        worst[name] = _worst_curve(curves(lambda *layer, config=config: rank_states(*layer, config).curve))
     best = plan_compression(
         model, statistics, CompreSSMConfig(tolerance=tolerance, realization="auto" if projects else "stock")
     )

@@ -416,7 +416,7 @@ def _reporting(as_json: bool, comfort: str = "", name: str = "") -> Iterator[Tex
 
 def _explain(error: Exception, name: str) -> None:
     """End with the line that an error of the user's, of the network's or of a file's deserves; raise what is a bug."""
-    from .model_files import hub_message, is_hub_error
+    from .hub_errors import hub_message, is_hub_error
 
     if is_hub_error(error):
         _fail(hub_message(error, name, writing=bool(name)))

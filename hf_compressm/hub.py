@@ -10,6 +10,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from .cards import record_of_cuts, write_card
+from .hub_errors import hub_message, status_of
 from .record import RECORD_FILE
 from .report_page import write_report_page
 
@@ -63,8 +64,8 @@ def push_compressed(
             source.save_pretrained(directory, **shards)
             if not (Path(directory) / RECORD_FILE).is_file():
                 raise ValueError(
-                    f"the {type(source).__name__} remembers no cut: push it with its own push_to_hub, or cut it first. "
-                    "(A model that was saved after a cut and loaded again: give the directory)"
+                    f"the {type(source).__name__} remembers no cut: push it with its own push_to_hub, or cut it "
+                    "first. (Of a model that was saved after a cut and loaded again, give the directory)"
                 )
             return push_compressed(
                 directory,
@@ -96,30 +97,18 @@ def push_compressed(
             ignore_patterns=NOT_PUSHED,
         )
     except HfHubHTTPError as error:
-        raise _explained(error, repo_id) from error
+        if status_of(error) in (401, 403):
+            raise PermissionError(hub_message(error, repo_id, writing=True)) from error
+        raise
     return commit.pr_url or commit.commit_url
 
 
 def _check(directory: Path) -> None:
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no directory {directory}")
-    if not any(directory.glob("*.safetensors")):
+    if not any(any(directory.glob(f"{name}*.safetensors")) for name in ("model", "adapter_model")):
         raise FileNotFoundError(
-            f"{directory} holds no weights (*.safetensors); name the directory that the model was saved in"
+            f"{directory} holds no weights (model.safetensors or the like); name the directory that the model was "
+            "saved in"
         )
     record_of_cuts(directory)
-
-
-def _explained(error: HfHubHTTPError, repo_id: str) -> Exception:
-    """What to do about a refusal, where the Hub's own message does not say it. No message holds the token."""
-    status = getattr(error.response, "status_code", None)
-    if status == 401:
-        return PermissionError(
-            f"the Hub does not accept the token (401) for {repo_id}: log in anew with `hf auth login`, or set HF_TOKEN"
-        )
-    if status == 403:
-        return PermissionError(
-            f"the token may not write to {repo_id} (403): make one with write permission at "
-            "https://huggingface.co/settings/tokens, and log in with it (`hf auth login`) or set HF_TOKEN"
-        )
-    return error

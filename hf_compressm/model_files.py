@@ -16,24 +16,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import HfApi, constants, get_token, scan_cache_dir, snapshot_download
+from huggingface_hub import HfApi, scan_cache_dir, snapshot_download
 from huggingface_hub.errors import (
     CacheNotFound,
-    GatedRepoError,
-    HfHubHTTPError,
     HFValidationError,
     HTTPError,
     LocalEntryNotFoundError,
-    LocalTokenNotFoundError,
     OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from .config import CompreSSMConfig
+from .hub_errors import cannot_be_reached, hub_message
 from .mixers import ARCHITECTURES, Mixer, find_mixers
 from .planning import check_list_of_sizes, must_project, refuse_projection
 from .provenance import recall_from
@@ -108,7 +104,7 @@ def find_model(name: str, revision: str | None = None) -> SavedModel:
         directory = snapshot_download(name, revision=info.sha, allow_patterns=SMALL_FILES)
         return _checked(SavedModel(name, Path(directory), info.sha, files))
     except (HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError) as error:
-        if not _cannot_be_reached(error):
+        if not cannot_be_reached(error):
             raise OSError(hub_message(error, name)) from error
         return _checked(_cached_model(name, revision, error))
 
@@ -374,55 +370,3 @@ def new_directory(output: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 parent.rmdir()
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _status(error: Exception) -> int | None:
-    response = getattr(error, "response", None)
-    return None if response is None else response.status_code
-
-
-def _cannot_be_reached(error: Exception) -> bool:
-    """Whether an error says nothing of the model: no network, or a Hub that is out of order."""
-    known = (RepositoryNotFoundError, RevisionNotFoundError)
-    return not isinstance(error, known) and (_status(error) is None or _status(error) >= 500)
-
-
-def hub_message(error: Exception, name: str, *, writing: bool = False) -> str:
-    """What is wrong with the Hub, or with what was asked of it, and what to do, in one line; without the token.
-
-    Args:
-        error: of huggingface_hub, or of the connection.
-        name: the repository.
-        writing: whether something was to be written to it.
-    """
-    page, status = f"{constants.ENDPOINT}/{name}", _status(error)
-    log_in = "log in with `hf auth login`, or set HF_TOKEN"
-    if isinstance(error, LocalTokenNotFoundError):
-        return f"pushing to {name} needs a token with write permission: {log_in}"
-    if isinstance(error, GatedRepoError):
-        return f"{name} is gated: ask for access at {page}, then {log_in}"
-    if writing and status in (401, 403):
-        return (
-            f"the Hub refuses to write to {name} ({status}): the token lacks write permission, or is not valid. Make "
-            f"one that may write at {constants.ENDPOINT}/settings/tokens, and {log_in}"
-        )
-    if isinstance(error, RevisionNotFoundError):
-        return f"{name} has no such revision; its branches and tags are at {page}"
-    if isinstance(error, RepositoryNotFoundError) or status in (401, 403, 404):
-        private = log_in if get_token() is None else "the token in use may not read it"
-        return f"there is no directory {name} here, and no model of that name on the Hub; if it is private, {private}"
-    if status == 429:
-        return f"the Hub answers no more requests for now ({status}, too many of them); try again in some minutes"
-    if status is not None:
-        return f"the Hub answered {status} about {name}; try again later"
-    if isinstance(error, OfflineModeIsEnabled) or constants.is_offline_mode():
-        return "HF_HUB_OFFLINE is set, so the Hub is not asked"
-    if isinstance(error, LocalEntryNotFoundError):
-        return f"the files of {name} cannot be fetched from the Hub"
-    return f"the Hub ({constants.ENDPOINT}) cannot be reached ({type(error).__name__})"
-
-
-def is_hub_error(error: Exception) -> bool:
-    """Whether `hub_message` knows more about an error than it says itself."""
-    kinds = (HfHubHTTPError, HTTPError, OfflineModeIsEnabled, LocalEntryNotFoundError, LocalTokenNotFoundError)
-    return isinstance(error, kinds)

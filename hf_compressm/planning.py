@@ -79,7 +79,7 @@ def plan_compression(
                 raise ValueError(
                     f"layer {name}: the statistics hold no recorded inputs, which this plan needs; measure again"
                 )
-        ranked = {name: _rank(*layer, config) for name, layer in mine.items()}
+        ranked = {name: rank_states(*layer, config) for name, layer in mine.items()}
         outlooks = {name: _look_ahead(*layer, ranked[name], config) for name, layer in mine.items()}
     outlooks = _tell_each_other(outlooks, processes)
     sizes: dict[str, int] = {}
@@ -158,7 +158,7 @@ class _Outlook:
     measured_hankel_values: torch.Tensor | None = None
 
 
-def _look_ahead(mixer: Mixer, statistics: StateStatistics, ranking: _Ranking, config: CompreSSMConfig) -> _Outlook:
+def _look_ahead(mixer: Mixer, statistics: StateStatistics, ranking: Ranking, config: CompreSSMConfig) -> _Outlook:
     projected_curve = hankel = measured_hankel = None
     if mixer.can_be_projected:
         # Measured where a choice depends on it.
@@ -264,7 +264,7 @@ def refuse_projection(mixers: list[Mixer]) -> None:
 
 
 @dataclass(frozen=True)
-class _Ranking:
+class Ranking:
     """States of a layer from the least to the most important, shape (groups, N); ε(r), shape (N + 1,)."""
 
     criterion: str
@@ -272,7 +272,8 @@ class _Ranking:
     curve: torch.Tensor
 
 
-def _rank(mixer: Mixer, statistics: StateStatistics, config: CompreSSMConfig) -> _Ranking:
+def rank_states(mixer: Mixer, statistics: StateStatistics, config: CompreSSMConfig) -> Ranking:
+    """The order in which a layer's states go, by the config's criterion, and the error that is expected on the way."""
     refits, name = _refits(mixer, config), config.criterion
     if name == "auto":
         name = "refit" if refits else "ghost"
@@ -285,7 +286,7 @@ def _rank(mixer: Mixer, statistics: StateStatistics, config: CompreSSMConfig) ->
     if mixer.is_normalized and config.tolerance is not None:
         # The sums do not know what the norms on B and C lose.
         curve = measured_selection_curve(mixer, statistics, order, refit=refits)
-    return _Ranking(name, order, curve)
+    return Ranking(name, order, curve)
 
 
 def _refit_error(statistics: StateStatistics, order: torch.Tensor) -> torch.Tensor:
@@ -308,7 +309,7 @@ def _selection_error(contribution_gram: torch.Tensor, order: torch.Tensor) -> to
 def _plan_layer(
     mixer: Mixer,
     statistics: StateStatistics,
-    ranking: _Ranking,
+    ranking: Ranking,
     outlook: _Outlook,
     size: int,
     is_projected: bool,
@@ -327,7 +328,7 @@ def _plan_layer(
 
 
 def _plan_selection(
-    mixer: Mixer, statistics: StateStatistics, ranking: _Ranking, size: int, config: CompreSSMConfig
+    mixer: Mixer, statistics: StateStatistics, ranking: Ranking, size: int, config: CompreSSMConfig
 ) -> LayerPlan:
     kept = ranking.order[:, statistics.state_size - size :].sort(dim=-1).values
     readout, method, error, scales = None, "none", float(ranking.curve[size]), {}

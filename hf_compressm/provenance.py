@@ -1,7 +1,7 @@
 """What a model remembers of its cuts: its record and its plans. Whoever saves or pushes the model saves them, too.
 
-`compress_` puts them on the model. A base under PEFT's adapters is not saved with them, and needs its plans to be cut in
-the same way again; anybody else can see by them what was cut, and replay it.
+`compress_` puts them on the model. A base under PEFT's adapters is not saved with them: it needs its plans to be cut
+in the same way again. Anybody else can see by them what was cut, and replay it.
 """
 
 from __future__ import annotations

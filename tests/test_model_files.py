@@ -16,7 +16,6 @@ from hf_compressm.model_files import (
     check_cut,
     check_output,
     find_model,
-    hub_message,
     load_model,
     new_directory,
     read_config,
@@ -176,47 +175,6 @@ def test_outputs_that_are_refused(saved, tmp_path):
             check_output(other, overwrite=True)
 
 
-def response(status: int):
-    return SimpleNamespace(status_code=status, headers={}, request=None)
-
-
-TOKEN = "hf_" + "secret" * 5
-REFUSED = [
-    (errors.RepositoryNotFoundError, 404, False, "there is no directory me/it here, and no model of that name"),
-    (errors.RepositoryNotFoundError, 401, False, "the token in use may not read it"),
-    (errors.GatedRepoError, 403, False, "me/it is gated: ask for access at https://huggingface.co/me/it, then log in"),
-    (errors.RevisionNotFoundError, 404, False, "me/it has no such revision"),
-    (errors.HfHubHTTPError, 429, False, "too many of them"),
-    (errors.HfHubHTTPError, 403, True, "the Hub refuses to write to me/it (403): the token lacks write permission"),
-    (errors.HfHubHTTPError, 409, True, "the Hub answered 409 about me/it"),
-]
-
-
-@pytest.mark.parametrize("kind, status, writing, message", REFUSED)
-def test_what_the_hub_answers(monkeypatch, kind, status, writing, message):
-    monkeypatch.setattr(model_files, "get_token", lambda: TOKEN)
-    error = kind(f"{status} Client Error, Bearer {TOKEN}", response=response(status))
-    told = hub_message(error, "me/it", writing=writing)
-    assert message in told and TOKEN not in told and "\n" not in told
-    if not writing:
-
-        def refuse(*args, **kwargs):
-            raise error
-
-        monkeypatch.setattr(model_files.HfApi, "model_info", refuse)
-        with pytest.raises(OSError) as caught:
-            find_model("me/it")
-        assert str(caught.value) == told
-
-
-def test_without_a_token(monkeypatch):
-    monkeypatch.setattr(model_files, "get_token", lambda: None)
-    error = errors.RepositoryNotFoundError("", response=response(401))
-    assert "if it is private, log in with `hf auth login`" in hub_message(error, "me/it")
-    told = hub_message(errors.LocalTokenNotFoundError("no token"), "me/it", writing=True)
-    assert told.startswith("pushing to me/it needs a token with write permission: log in")
-
-
 @pytest.fixture
 def cache(tmp_path, monkeypatch, saved):
     """A Hub's cache with one whole model, me/it, and no Hub."""
@@ -240,11 +198,12 @@ def cache(tmp_path, monkeypatch, saved):
 def test_without_a_network_the_cache_serves(cache, monkeypatch, caplog, status):
     asked = []
 
+    answer = SimpleNamespace(status_code=status, headers={}, request=None)
+    error = errors.HTTPError("[Errno 101]") if status is None else errors.HfHubHTTPError("", response=answer)
+
     def unreachable(*args, **kwargs):
         asked.append(kwargs["timeout"])
-        raise (
-            errors.HTTPError("[Errno 101]") if status is None else errors.HfHubHTTPError("", response=response(status))
-        )
+        raise error
 
     monkeypatch.setattr(model_files.HfApi, "model_info", unreachable)
     model = find_model("me/it")

@@ -196,9 +196,9 @@ def test_what_goes_wrong(tmp_path):
         hub.create("me/there", {"old.txt": b"stays"})
         hub.create("other/theirs")
         cases = [
-            ("me/unknown-token", "hf_unknown", "PermissionError", "does not accept the token"),
-            ("me/read-only", "hf_read_only", "PermissionError", "may not write to me/read-only"),
-            ("other/theirs", TOKEN, "PermissionError", "may not write to other/theirs"),
+            ("me/unknown-token", "hf_unknown", "PermissionError", "the token lacks write permission, or is not valid"),
+            ("me/read-only", "hf_read_only", "PermissionError", "the Hub refuses to write to me/read-only (403)"),
+            ("other/theirs", TOKEN, "PermissionError", "the Hub refuses to write to other/theirs (403)"),
             ("me/there", TOKEN, "pushed", ""),
             ("me/breaks", TOKEN, "Error", ""),
             ("me/breaks", TOKEN, "pushed", ""),

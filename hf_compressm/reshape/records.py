@@ -70,12 +70,9 @@ def write_config(model: PreTrainedModel, directory: Path) -> None:
     model.config.save_pretrained(directory)
 
 
-def read_recorded(checkpoint: Path) -> tuple[list[dict[str, Any]], list[list[str]] | None]:
-    """The history in a checkpoint's compressm.json, and the names of the optimizer's parameters if they are there."""
-    if not (checkpoint / RECORD_FILE).is_file():
-        return [], None
-    record = Record.load(checkpoint)
-    return record.cuts, record.optimizer_parameters
+def read_recorded(checkpoint: Path) -> Record:
+    """A checkpoint's record; an empty one if it has none."""
+    return Record.load(checkpoint) if (checkpoint / RECORD_FILE).is_file() else Record()
 
 
 class TrainingState:

@@ -20,8 +20,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 from transformers.utils import logging
 
+from ..mixers import find_mixers
 from ..plan import CompressionPlan
-from ..record import RECORD_FILE, write_record
+from ..provenance import PLAN_FILE
+from ..record import RECORD_FILE, library_versions
 from ..report import CompressionReport
 from ..surgery import layer_report
 from . import dcp, records, safetensors_files, torch_files, zero
@@ -32,6 +34,7 @@ logger = logging.get_logger(__name__)
 
 INDEX = "model.safetensors.index.json"
 INPUTS = "compressm_inputs_*.safetensors"
+PLANS = "compressm_plan_*"
 WEIGHTS = re.compile(r"pytorch_model(_fsdp)?(_\d+)?\.bin")
 OPTIMIZER = re.compile(r"optimizer\.(pt|bin)")
 UNSUPPORTED = {
@@ -153,9 +156,9 @@ def reshape_checkpoint(
     ):
         scratch = target / ".scratch"
         scratch.mkdir()
-        history, recorded = records.read_recorded(checkpoint)
-        work = Work(skeleton, scratch, recorded, bar.update)
-        state = records.TrainingState(checkpoint, history)
+        record = records.read_recorded(checkpoint)
+        work = Work(skeleton, scratch, record.optimizer_parameters, bar.update)
+        state = records.TrainingState(checkpoint, record.cuts)
         files = _rewrite_tensors(work, checkpoint, target)
         compression = _compression_report(work, plan, state.step)
         state.cut(compression.to_dict(), work)
@@ -273,7 +276,8 @@ def _rewrite_safetensors(work: Work, checkpoint: Path, target: Path) -> dict[str
     placed: dict[str, str] = {}
     found: dict[str, str] = {}
     for file in sorted(checkpoint.glob("*.safetensors")):
-        if file.match(INPUTS):
+        # Plans of earlier cuts have names like those of projections, but are none.
+        if file.match(INPUTS) or file.match(PLANS):
             continue
         names = safetensors_files.stored_names(work, safetensors_files.read_header(file)[0])
         twice = sorted(set(names) & set(found))
@@ -292,8 +296,13 @@ def _write_small_files(work: Work, checkpoint: Path, target: Path, state: record
     model = work.skeleton.model_after
     if hasattr(model, "config"):
         records.write_config(model, target)
-    write_record(state.history, target, work.optimizer_order)
+    record = records.read_recorded(checkpoint)
+    record.cuts, record.versions, record.optimizer_parameters = state.history, library_versions(), work.optimizer_order
+    record.save(target)
+    number = 1 + len(list(checkpoint.glob(f"{PLANS}.json")))
+    work.skeleton.plan.save(target / PLAN_FILE.format(number=number))
     written = [*state.write(target, work), RECORD_FILE]
+    written += [file.name for file in target.glob(f"{PLANS[:-1]}{number}.*")]
     files = {name: "reshaped" if (checkpoint / name).exists() else "written" for name in written}
     for file in target.iterdir():
         if file.name == "config.json" or file.suffix == ".py":
@@ -312,6 +321,7 @@ def _copy(item: Path, target: Path, work: Work) -> None:
 
 def _compression_report(work: Work, plan: CompressionPlan, step: int | None) -> CompressionReport:
     skeleton = work.skeleton
+    bytes_per_state = {name: mixer.bytes_per_state for name, mixer in find_mixers(skeleton.model_after).items()}
     return CompressionReport(
         layers=[
             layer_report(name, layer, skeleton.roundings[name].relative_error) for name, layer in plan.layers.items()
@@ -321,6 +331,9 @@ def _compression_report(work: Work, plan: CompressionPlan, step: int | None) -> 
         parameters_after=sum(parameter.numel() for parameter in skeleton.after.values()),
         optimizer_bytes_before=work.optimizer_bytes_before,
         optimizer_bytes_after=work.optimizer_bytes_after,
+        state_bytes_before=sum(bytes_per_state[name] * layer.state_size_before for name, layer in plan.layers.items()),
+        state_bytes_after=sum(bytes_per_state[name] * layer.state_size_after for name, layer in plan.layers.items()),
+        config=plan.config.to_dict(),
         step=step,
     )
 
