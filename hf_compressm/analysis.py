@@ -19,6 +19,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .config import CompreSSMConfig
+from .metrics.scoring import score
 from .mixers import Mixer, find_mixers, layers_by_config
 from .mixers.resize import resize_mixer, update_configs
 from .plan import CompressionPlan
@@ -32,7 +33,6 @@ from .surgery import compress_
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-IGNORED = -100
 # Percents below this are drawn, and told, as this.
 SMALLEST_ERROR = 1e-4
 # A loss that rises by less than this share hardly changes; by less than the second, training makes up for it.
@@ -317,7 +317,7 @@ def analyze(
     if held_out is not None and best.changes:
         reason = why_not_copied(model)
         if not reason:
-            verification = verify(model, best, *held_out, batch_size=batch_size, show_progress=show_progress)
+            verification = verify(model, best, *held_out, batch_size=batch_size)
     parameters, state_bytes = _sizes_after(model, sizes, is_projected)
     return Analysis(
         tolerance=tolerance,
@@ -387,74 +387,49 @@ def verify(
     labels: torch.Tensor,
     *,
     batch_size: int = 8,
-    show_progress: bool = False,
 ) -> dict[str, dict[str, float]]:
     """What a cut does to a model's predictions, measured on a copy.
 
     Args:
         model: it is only read.
         plan: of the cut.
-        input_ids, labels, batch_size, show_progress: as in `evaluate`.
+        input_ids, labels, batch_size: as in `evaluate`.
 
     Returns:
         `uncut` and `cut` → metric → value.
     """
     smaller = copy.deepcopy(model)
     compress_(smaller, plan)
-    return evaluate({"uncut": model, "cut": smaller}, input_ids, labels, batch_size, show_progress=show_progress)
+    return evaluate({"uncut": model, "cut": smaller}, input_ids, labels, batch_size)
 
 
-@torch.no_grad()
 def evaluate(
-    models: dict[str, nn.Module],
-    input_ids: torch.Tensor,
-    labels: torch.Tensor,
-    batch_size: int = 8,
-    *,
-    show_progress: bool = False,
+    models: dict[str, nn.Module], input_ids: torch.Tensor, labels: torch.Tensor, batch_size: int = 8
 ) -> dict[str, dict[str, float]]:
     """How well models predict the next tokens, and how far their predictions are from the first one's.
 
     Args:
-        models: name → language model; in eval mode, on one device.
+        models: name → language model.
         input_ids: sequences, shape (number, length).
         labels: what is to be predicted, at the same places; -100 is not asked for.
         batch_size: sequences that are run at once.
-        show_progress: show a progress bar.
 
     Returns:
         Name → `loss` (nats per token), `perplexity`, `accuracy`, `tokens` (those asked for), and of all but the first
         `kl_divergence` (first ‖ other, nats per token).
     """
-    device = next(next(iter(models.values())).parameters()).device
-    sums = {name: torch.zeros(3, dtype=torch.float64) for name in models}
-    count = 0
-    batches = list(zip(input_ids.split(batch_size), labels.split(batch_size), strict=True))
-    for batch, wanted in tqdm(batches, desc="evaluating", disable=not show_progress):
-        wanted = wanted[:, 1:].to(device)
-        asked = wanted != IGNORED
-        count += int(asked.sum())
-        first = None
-        for name, model in models.items():
-            logits = model(input_ids=batch.to(device), use_cache=False).logits[:, :-1][asked]
-            predicted = logits.float().log_softmax(-1)
-            first = predicted if first is None else first
-            targets = wanted[asked]
-            parts = (
-                -predicted.gather(-1, targets[:, None]),
-                predicted.argmax(-1) == targets,
-                (first.exp() * (first - predicted)).sum(-1),
-            )
-            sums[name] += torch.stack([part.double().sum().cpu() for part in parts])
-    if count == 0:
-        raise ValueError(f"none of the {labels.numel():,} labels to evaluate on asks for anything: all are {IGNORED}")
-    results = {}
-    for number, (name, total) in enumerate(sums.items()):
-        loss, accuracy, divergence = (total / count).tolist()
-        results[name] = {"loss": loss, "perplexity": math.exp(min(loss, 700)), "accuracy": accuracy, "tokens": count}
-        if number > 0:
-            # Rounding can bring that of equal predictions below zero.
-            results[name]["kl_divergence"] = max(divergence, 0.0)
+    results, first = {}, None
+    for name, model in models.items():
+        scores = score(model, input_ids, labels=labels, reference_model=first, batch_size=batch_size)
+        results[name] = {
+            "loss": scores.loss,
+            "perplexity": math.exp(min(scores.loss, 700)),
+            "accuracy": scores.accuracy,
+            "tokens": scores.tokens,
+        }
+        if first is not None:
+            results[name]["kl_divergence"] = scores.kl_divergence
+        first = model if first is None else first
     return results
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import statistics
@@ -15,9 +14,9 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 from jinja2 import Environment
 from transformers.utils import logging
 
-from .config import CompreSSMConfig
+from .config import chosen
 from .plots import plot_error_curves
-from .record import RECORD_FILE, Record
+from .record import LABELS, RECORD_FILE, Record
 
 logger = logging.get_logger(__name__)
 
@@ -31,17 +30,6 @@ TASKS = {
     # PEFT's names.
     "CAUSAL_LM": ("text-generation", "AutoModelForCausalLM"),
     "SEQ_CLS": ("text-classification", "AutoModelForSequenceClassification"),
-}
-# Names of metrics as a reader wants them; others are shown by their own.
-LABELS = {
-    "state_size": "state size N",
-    "step": "training step",
-    "state_bytes": "recurrent state, bytes per sequence",
-    "loss": "loss, nats",
-    "accuracy": "accuracy",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits per byte",
-    "kl_divergence": "KL from the uncut model, nats per token",
 }
 # What is no result, though it stands among the evaluations.
 SIZES = ("state_size", "parameters", "state_bytes", "step", "tokens")
@@ -83,7 +71,7 @@ def write_card(
     with as_file(template) as path:
         source = path.read_text(encoding="utf-8")
     environment = Environment(trim_blocks=False, keep_trailing_newline=True)
-    environment.filters |= {"json": _json, "number": _number}
+    environment.filters |= {"json": _json, "number": _number, "milliseconds": _milliseconds}
     text = environment.from_string(source).render(
         card_data=data.to_yaml(), training_text=_training_text(training), **context
     )
@@ -149,7 +137,7 @@ def _context(directory: Path, record: Record, repo_id: str | None) -> dict[str, 
         "recall_measured": any("recall" in name for name in names),
         "spectrum": SPECTRUM_FILE,
         "plans": any(directory.glob("compressm_plan_*.json")),
-        "config": _chosen(cuts[-1].get("config") or {}),
+        "config": chosen(cuts[-1].get("config") or {}),
         "versions": record.versions,
     }
 
@@ -244,14 +232,12 @@ def _read(file: Path) -> dict[str, Any]:
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
 
 
-def _chosen(config: dict[str, Any]) -> dict[str, Any]:
-    """What of a config is not the default."""
-    usual = {option.name: option.default for option in dataclasses.fields(CompreSSMConfig)}
-    return {name: value for name, value in config.items() if name not in usual or value != usual[name]}
-
-
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _number(value: Any) -> str:

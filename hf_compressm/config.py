@@ -223,3 +223,14 @@ class CompreSSMConfig:
         if not isinstance(values, dict):
             raise ValueError(f"{path} does not hold a config: expected an object, got {type(values).__name__}")
         return cls.from_dict(values)
+
+
+def chosen(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a config's dictionary is not the default.
+
+    Example:
+        >>> chosen(CompreSSMConfig(state_size=12, realization="auto").to_dict())
+        {'state_size': 12, 'realization': 'auto'}
+    """
+    usual = {option.name: option.default for option in dataclasses.fields(CompreSSMConfig)}
+    return {name: value for name, value in config.items() if name not in usual or value != usual[name]}

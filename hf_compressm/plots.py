@@ -259,12 +259,12 @@ def draw_step_time(timeline: Sequence[Mapping[str, Any]], cuts: Sequence[Mapping
 
 @_styled
 def draw_memory(timeline: Sequence[Mapping[str, Any]], cuts: Sequence[Mapping[str, Any]] = ()) -> Figure:
-    """Draw the peak memory; arguments as in `draw_state_size`."""
+    """Draw the memory; arguments as in `draw_state_size`."""
     figure, axes = _over_training(cuts)
     points = _points(timeline, "memory_bytes")
     scale, unit = (2**30, "GiB") if max(size for _, size in points) >= 2**30 else (2**20, "MiB")
     axes.plot([step for step, _ in points], [size / scale for _, size in points], color=BLUE)
-    axes.set(ylabel=f"peak memory, {unit}", title="Memory", ylim=_from_zero(points, 1 / scale))
+    axes.set(ylabel=f"memory, {unit}", title="Memory", ylim=_from_zero(points, 1 / scale))
     _legend_below(axes)
     return figure
 

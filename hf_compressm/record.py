@@ -22,6 +22,18 @@ RECORD_VERSION = 1
 # Parts of the names of options whose values are nobody's business.
 SECRETS = ("token", "key", "secret", "password")
 
+# Names of metrics as a reader wants them; others are shown by their own.
+LABELS = {
+    "state_size": "state size N",
+    "step": "training step",
+    "state_bytes": "recurrent state, bytes per sequence",
+    "loss": "loss, nats",
+    "accuracy": "accuracy",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+    "kl_divergence": "KL from the uncut model, nats per token",
+}
+
 
 @dataclass
 class Record:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from .config import is_whole
+from .config import chosen, is_whole
 from .files import write_file
 from .plots import (
     INK,
@@ -28,7 +28,7 @@ from .plots import (
     figure_svg,
     save_figure,
 )
-from .record import RECORD_FILE, Record
+from .record import LABELS, RECORD_FILE, Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -241,7 +241,9 @@ def _evaluations(evaluations: Mapping[str, Mapping[str, Any]]) -> Table | None:
     metrics = list(dict.fromkeys(name for values in evaluations.values() for name in values))
     if not metrics:
         return None
-    rows = [[name, *(_short(values.get(name)) for values in evaluations.values())] for name in metrics]
+    rows = [
+        [LABELS.get(name, name), *(_short(values.get(name)) for values in evaluations.values())] for name in metrics
+    ]
     numeric = set(range(1, len(evaluations) + 1))
     return Table("The model, evaluated at each stage.", ["metric", *evaluations], rows, numeric)
 
@@ -333,10 +335,10 @@ def _configs(cuts: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     texts: dict[str, list[str]] = {}
     for cut in cuts:
         if cut.get("config"):
-            text = json.dumps(cut["config"], indent=2, ensure_ascii=False)
+            text = json.dumps(chosen(cut["config"]), indent=2, ensure_ascii=False)
             texts.setdefault(text, []).append(f"{cut['step']:,}" if cut.get("step") is not None else "")
     if len(texts) == 1:
-        return [{"title": "The config", "text": text} for text in texts]
+        return [{"title": "The config (what is not named has its default)", "text": text} for text in texts]
     return [{"title": f"The config at step {_and(steps)}", "text": text} for text, steps in texts.items()]
 
 
@@ -390,14 +392,14 @@ def _training_pictures(record: Record) -> list[Picture]:
             draw_step_time,
             _duration,
             "The time of a training step",
-            "The median between two entries of the log.",
+            "The mean between two entries of the log.",
         ),
         (
             "memory_bytes",
             draw_memory,
             _bytes,
-            "The peak memory",
-            "The most memory in use between two entries of the log.",
+            "The memory",
+            "On a GPU the most that was in use, the cut left out; else what the whole process holds.",
         ),
     )
     pictures = []

@@ -200,13 +200,13 @@ def compress_saved(
     held_out, tight = (sequences.held_out, sequences.held_out_labels, batch_size), why_not_copied(uncut)
     if tight:
         say(f"the KL divergence is left out: {tight}")
-        results = evaluate({"uncut": uncut}, *held_out, show_progress=show_progress)
+        results = evaluate({"uncut": uncut}, *held_out)
         smaller, report = uncut, compress_(uncut, plan)
-        results |= evaluate({"cut": smaller}, *held_out, show_progress=show_progress)
+        results |= evaluate({"cut": smaller}, *held_out)
     else:
         smaller = copy.deepcopy(uncut)
         report = compress_(smaller, plan)
-        results = evaluate({"uncut": uncut, "cut": smaller}, *held_out, show_progress=show_progress)
+        results = evaluate({"uncut": uncut, "cut": smaller}, *held_out)
     report.loss_before, report.loss_after = (results[stage]["loss"] for stage in ("uncut", "cut"))
     report.kl_divergence = results["cut"].get("kl_divergence")
     record = record_of(smaller)

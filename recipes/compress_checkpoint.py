@@ -38,13 +38,10 @@ import evaluate
 import pretrain_lm
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
-from pretrain_lm import build_config, build_tokenizer, count_or_fraction, load_texts, pack
+from pretrain_lm import build_config, count_or_fraction, load_texts, pack
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     HfArgumentParser,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -53,22 +50,21 @@ from transformers import (
     set_seed,
 )
 from transformers.utils import is_torchao_available
-from transformers.utils.hub import has_file
 
 from hf_compressm import CompreSSMConfig, compress_, find_mixers, measure, plan_compression, push_compressed
 from hf_compressm.cards import license_of, write_card
 from hf_compressm.metrics import metric_path
-from hf_compressm.planning import must_project, refuse_projection
+from hf_compressm.model_files import check_cut, find_model
 from hf_compressm.provenance import record_of
-from hf_compressm.ranks import fixed_sizes, fixed_state_size
+from hf_compressm.ranks import fixed_state_size
 from hf_compressm.record import describe_machine
 from hf_compressm.refit import tokens_for_a_fit
 from hf_compressm.report_page import write_report_page
+from hf_compressm.texts import BYTES, byte_tokenizer
+from hf_compressm.texts import load_tokenizer as saved_tokenizer
 
 logger = logging.getLogger("compress_checkpoint")
 
-TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-BYTES = "bytes"
 TRAINING_DEFAULTS = {
     "output_dir": "runs/compressed",
     "max_steps": 200,
@@ -236,16 +232,13 @@ def table(columns: dict[str, dict[str, Any]]) -> str:
 
 
 def load_tokenizer(model: str, tokenizer: str | None) -> PreTrainedTokenizerBase:
-    """The tokenizer that was asked for, or else the model's own."""
-    source = tokenizer or model
-    # Where there is none, Transformers makes up an empty one.
-    if source != BYTES and any(has_file(source, name) for name in TOKENIZER_FILES):
-        return AutoTokenizer.from_pretrained(source)
-    if tokenizer is None and Path(model).is_dir():
+    """The tokenizer that was asked for, or else the model's own; of a directory without one, bytes."""
+    found = saved_tokenizer(find_model(model), tokenizer)
+    if found is None and not Path(model).is_dir():
+        raise ValueError(f"{model} has no tokenizer; name one with --tokenizer, or give --tokenizer {BYTES}")
+    if found is None:
         logger.info(f"{model} has no tokenizer: each byte of the text is a token (--tokenizer names another)")
-    elif source != BYTES:
-        raise ValueError(f"{source} has no tokenizer; name one with --tokenizer, or give --tokenizer {BYTES}")
-    return build_tokenizer(pretrain_lm.DataArguments(), None)
+    return byte_tokenizer() if found is None else found
 
 
 def tokenize(batch: dict[str, list[str]], tokenizer: PreTrainedTokenizerBase) -> dict[str, list[list[int]]]:
@@ -274,27 +267,13 @@ def load_blocks(data: DataArguments, tokenizer: PreTrainedTokenizerBase, seed: i
     return blocks
 
 
-def check(config: PreTrainedConfig, cut: CompreSSMConfig, source: str) -> int:
-    """Refuse what cannot be cut before any weight is loaded; returns the largest N."""
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(f"{source} is quantized; cut the model that it was made from, and quantize the smaller one")
-    with torch.device("meta"):
-        mixers = find_mixers(AutoModelForCausalLM.from_config(copy.deepcopy(config)))
-    if must_project(cut):
-        refuse_projection([mixer for mixer in mixers.values() if not mixer.can_be_projected])
-    present = {name: mixer.state_size for name, mixer in mixers.items()}
-    if cut.state_size is not None:
-        fixed_sizes(cut, present, {name: number for number, name in enumerate(mixers)})
-    return max(present.values())
-
-
 def train_tiny_model(model: ModelArguments, data: DataArguments, training: TrainingArguments) -> str:
     """Train a tiny model on the text, unless an earlier run did; returns its directory."""
     output = Path(f"runs/tiny_{model.architecture}_{model.tiny_state_size}_{model.tiny_steps}")
     if (output / "config.json").exists():
         logger.info(f"{output} holds a tiny model of an earlier run")
         return str(output)
-    tokenizer = build_tokenizer(pretrain_lm.DataArguments(), None)
+    tokenizer = byte_tokenizer()
     shape = pretrain_lm.ModelArguments(model.architecture, model.tiny_state_size, hidden_size=64, layers=2)
     tiny = AutoModelForCausalLM.from_config(build_config(shape, tokenizer))
     logger.info(
@@ -399,7 +378,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     set_seed(training_args.seed)
 
     source = model_args.model or train_tiny_model(model_args, data_args, training_args)
-    largest = check(AutoConfig.from_pretrained(source), config, source)
+    largest = max(mixer.state_size for mixer in check_cut(find_model(source), config).values())
     tokenizer = load_tokenizer(source, model_args.tokenizer)
     blocks = load_blocks(data_args, tokenizer, training_args.seed)
     kept = largest // 4 if config.state_size is None else fixed_state_size(config.state_size, largest)

@@ -45,7 +45,6 @@ import evaluate
 import torch
 import transformers
 from datasets import Dataset, DatasetDict, load_dataset
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -61,15 +60,14 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.trainer_pt_utils import get_model_param_count
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
 from hf_compressm.metrics import metric_path
+from hf_compressm.texts import byte_tokenizer
 
 logger = logging.getLogger("pretrain_lm")
 
-END_OF_TEXT = "<|endoftext|>"
 STANDARD_LIBRARY = f"{glob.escape(sysconfig.get_path('stdlib'))}/*.py"
 TRAINING_DEFAULTS = {
     "output_dir": "runs/pretrain_lm",
@@ -211,21 +209,9 @@ def load_texts(data: TextArguments, seed: int) -> DatasetDict:
 
 def build_tokenizer(data: DataArguments, texts: Dataset) -> PreTrainedTokenizerFast:
     """Bytes are tokens 0 to 255 and the end of a text is 256; a BPE learns longer ones."""
-    vocabulary = {character: byte for byte, character in bytes_to_unicode().items()}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    if data.tokenizer == "bpe":
-        trainer = trainers.BpeTrainer(
-            vocab_size=data.vocab_size,
-            special_tokens=[END_OF_TEXT],
-            initial_alphabet=list(vocabulary),
-            show_progress=False,
-        )
-        tokenizer.train_from_iterator(texts["text"], trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
-    )
+    if data.tokenizer == "bytes":
+        return byte_tokenizer()
+    return byte_tokenizer().train_new_from_iterator(texts["text"], data.vocab_size, show_progress=False)
 
 
 def tokenize(batch: dict[str, list], tokenizer: PreTrainedTokenizerFast) -> dict[str, list]:

@@ -123,7 +123,7 @@ def full(tmp_path_factory):
         "1.2500 → 1.5000",
         "2.0e-03 nats",
         "750 ms",
-        "metric uncut healed loss 1.5000 1.2500 accuracy 0.7500 –",
+        "metric uncut healed loss, nats 1.5000 1.2500 accuracy 0.7500 –",
         "layers.1.mixer 8 → 4 0.0625 0.1250 stock refit mean field",
         "Step 50, skipped : too few",
         "Step 150, taken back (N 8 → 4) : eval_loss was 1.0000 before the cut and 2.0000 after it",

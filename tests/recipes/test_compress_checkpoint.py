@@ -263,10 +263,10 @@ def few_words(folder: Path) -> None:
 
 
 BAD = {
-    "no mixer": (gpt2, (), ValueError, "GPT2LMHeadModel has no mixer whose state could be reduced"),
+    "no mixer": (gpt2, (), ValueError, "is a 'gpt2' model, which has no state that could be cut"),
     "quantized": (quantized, (), ValueError, "is quantized; cut the model that it was made from"),
     "unknown tokens": (few_words, (), ValueError, "knows 0 to 15; give the model's own --tokenizer"),
-    "no tokenizer there": (None, ("--tokenizer", "."), ValueError, r"\. has no tokenizer; name one with --tokenizer"),
+    "no tokenizer there": (None, ("--tokenizer", "."), ValueError, r"\. has no tokenizer; name another one"),
     "too little text": (None, ("--calibration_tokens", "1000000"), ValueError, "too little text: 1,000,000"),
     "no held-out block": (None, ("--block_size", "100000"), ValueError, "hold fewer than --block_size 100000"),
     "state size not below N": (None, ("--state_size", "8"), ValueError, "state_size 8 is not below the current 8"),
