@@ -72,7 +72,7 @@ def test_train_push_pull_evaluate_diff_report(tmp_path):
             command = [sys.executable, "-c", script, *map(str, arguments)]
             environment = hub.environment(tmp_path / home, token) | {"OMP_NUM_THREADS": "1"}
             result = subprocess.run(
-                command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600
+                command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900
             )
             assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
             assert TOKEN not in result.stdout + result.stderr

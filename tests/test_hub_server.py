@@ -79,7 +79,7 @@ def client(hub, tmp_path_factory) -> Iterator[Client]:
     client = Client(hub, tmp_path_factory.mktemp("home"))
     yield client
     client.process.stdin.close()
-    client.process.wait(timeout=60)
+    client.process.wait(timeout=300)
 
 
 @pytest.fixture(autouse=True)

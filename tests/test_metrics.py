@@ -307,5 +307,5 @@ def test_two_processes_load_them_at_once_offline_and_from_elsewhere(tmp_path):
         cwd=tmp_path,
         env=os.environ | environment | {"OMP_NUM_THREADS": "1"},
         check=True,
-        timeout=300,
+        timeout=900,
     )

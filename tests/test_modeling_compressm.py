@@ -525,7 +525,7 @@ def test_loading_without_the_package(tmp_path):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "tokens.json").read_text())

@@ -73,7 +73,7 @@ ALWAYS |= {"compressm_plan_1.json", "compressm_plan_1.safetensors"}
 def run(script: str, *arguments: object, hub: Hub, home: Path, token: str | None = TOKEN) -> str:
     command = [sys.executable, "-c", script, *map(str, arguments)]
     environment = hub.environment(home, token) | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-4000:]
     assert TOKEN not in result.stdout + result.stderr
     return result.stdout

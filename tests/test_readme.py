@@ -451,7 +451,7 @@ def test_blocks_run_as_printed(file, tmp_path):
     with loopback_hub() as hub:
         environment = hub.environment(tmp_path / "home", token="hf_secret")
         command = [sys.executable, __file__, file]
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
         assert result.returncode == 0, result.stdout + result.stderr[-4000:]
         assert hub.places_of("hf_secret") == [] and "hf_secret" not in result.stdout + result.stderr
 

@@ -82,7 +82,7 @@ def built(tmp_path_factory):
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(output), str(source)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
     return next(output.glob("*.tar.gz")), next(output.glob("*.whl"))
 
@@ -120,7 +120,7 @@ def test_it_runs_where_nothing_else_is(built, tmp_path):
 
     def run(*arguments: object) -> str:
         command = [str(python), *map(str, arguments)]
-        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
         assert result.returncode == 0, result.stderr[-4000:]
         return result.stdout
 

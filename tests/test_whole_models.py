@@ -299,7 +299,7 @@ class TestARealCut:
             model.save_pretrained(tmp_path / str(number))
             torch.save(outputs(model), tmp_path / str(number) / "outputs.pt")
         command = [sys.executable, "-c", LOAD, str(tmp_path), str(len(WHOLE_MODELS))]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
         assert done.returncode == 0 and done.stdout.split() == ["loaded", str(len(WHOLE_MODELS))], done.stderr
 
 

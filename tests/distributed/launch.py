@@ -23,7 +23,7 @@ def leave() -> None:
     os._exit(0)
 
 
-def torchrun(script: Path, *arguments: str, processes: int = 2, timeout: float = 300) -> subprocess.CompletedProcess:
+def torchrun(script: Path, *arguments: str, processes: int = 2, timeout: float = 900) -> subprocess.CompletedProcess:
     """Run a script under torchrun with gloo, and fail with its output if it fails; none is left after a time-out."""
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 def runs(tmp_path_factory) -> list[dict[str, Any]]:
     """What each process saw. A cut for which the processes are not in step would never end."""
     output = tmp_path_factory.mktemp("engines")
-    torchrun(Path(engines_worker.__file__), str(output), processes=PROCESSES, timeout=200)
+    torchrun(Path(engines_worker.__file__), str(output), processes=PROCESSES, timeout=900)
     return [json.loads((output / f"{rank}.json").read_text()) for rank in range(PROCESSES)]
 
 

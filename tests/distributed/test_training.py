@@ -28,7 +28,7 @@ def runs(tmp_path_factory) -> dict[str, dict]:
         env=os.environ | {"PYTHONPATH": tests, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert alone.returncode == 0, alone.stderr[-8000:]
     files = {"0": "2-0.json", "1": "2-1.json", "alone": "1-0.json"}

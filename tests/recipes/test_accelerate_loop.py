@@ -53,7 +53,7 @@ def start(*command: str, **environment: str) -> subprocess.CompletedProcess:
     modules = [str(TESTS), str(TESTS / "distributed"), os.environ.get("PYTHONPATH", "")]
     base = {"OMP_NUM_THREADS": "1", "PATH": os.pathsep.join(paths), "PYTHONPATH": os.pathsep.join(modules)}
     base |= {"HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    result = subprocess.run(command, env=os.environ | base | environment, capture_output=True, text=True, timeout=400)
+    result = subprocess.run(command, env=os.environ | base | environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, f"{result.stdout[-4000:]}\n{result.stderr[-8000:]}"
     return result
 

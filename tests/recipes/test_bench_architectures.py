@@ -15,7 +15,7 @@ BENCH = Path(__file__).parents[2] / "recipes" / "bench" / "architectures.py"
 def test_quick_run_writes_its_table(tmp_path):
     command = [sys.executable, str(BENCH), "--quick", "--processes", "1", "--output_dir", str(tmp_path)]
     done = subprocess.run(
-        [*command, "--architectures", "jamba", "mamba2"], capture_output=True, text=True, check=False, timeout=600
+        [*command, "--architectures", "jamba", "mamba2"], capture_output=True, text=True, check=False, timeout=900
     )
     assert done.returncode == 0, done.stderr[-4000:]
     results = json.loads((tmp_path / "architectures-quick.json").read_text())["results"]

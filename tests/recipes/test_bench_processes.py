@@ -13,7 +13,7 @@ pytestmark = pytest.mark.long
 
 
 def run(*command: str) -> str:
-    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=600)
+    result = subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-4000:]
     return result.stdout
 

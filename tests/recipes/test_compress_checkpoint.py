@@ -233,7 +233,7 @@ def test_pushing(folder, tmp_path):
             cwd=tmp_path,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=900,
         )
         assert result.returncode == 0, result.stderr[-4000:]
     assert "hf_secret" not in result.stdout + result.stderr and hub.places_of("hf_secret") == []

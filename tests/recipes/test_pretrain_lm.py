@@ -47,7 +47,7 @@ def run(
     command += [str(RECIPE)] if dies_after is None else [str(DYING_RECIPE), str(dies_after)]
     environment = {"OMP_NUM_THREADS": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     return subprocess.run(
-        [*command, *SMALL, *arguments], env=os.environ | environment, capture_output=True, text=True, timeout=300
+        [*command, *SMALL, *arguments], env=os.environ | environment, capture_output=True, text=True, timeout=900
     )
 
 
