@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,9 @@ def recall(model: nn.Module, record: Record, plans: list[tuple[dict[str, Any], C
     """
     model.compressm_record, model.compressm_plans = record, plans
     if hasattr(model, "save_pretrained"):
-        model.save_pretrained = functools.partial(_save_with_record, model)
+        theirs = vars(model).get("save_pretrained")
+        if not (isinstance(theirs, functools.partial) and theirs.func is _save_with_record):
+            model.save_pretrained = functools.partial(_save_with_record, model, theirs)
         model.push_to_hub = functools.partial(push_compressed, model)
     if hasattr(model, "add_model_tags"):
         model.add_model_tags(TAGS)
@@ -89,9 +91,13 @@ def recall(model: nn.Module, record: Record, plans: list[tuple[dict[str, Any], C
         recall(model.get_base_model(), record, plans)
 
 
-def _save_with_record(model: nn.Module, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+def _save_with_record(
+    model: nn.Module, theirs: Callable[..., None] | None, save_directory: str | Path, *args: Any, **kwargs: Any
+) -> None:
+    """Save a model by its class's method, or by the one that somebody put on the model before."""
+    save = functools.partial(type(model).save_pretrained, model) if theirs is None else theirs
     push, repo_id = kwargs.pop("push_to_hub", False), kwargs.pop("repo_id", None)
-    type(model).save_pretrained(model, save_directory, *args, **kwargs)
+    save(save_directory, *args, **kwargs)
     if kwargs.get("is_main_process", True) and record_of(model).made_cuts:
         save_provenance(model, save_directory)
         if push:

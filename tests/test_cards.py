@@ -217,3 +217,10 @@ def test_the_record_is_the_models_own(tmp_path):
     record_of(model).run["description"] = "From the record of the model in memory."
     model.save_pretrained(tmp_path)
     assert "From the record of the model in memory." in write_card(tmp_path).read_text()
+
+
+def test_step_times_of_one_size_alone_are_left_out(tmp_path):
+    directory = saved(tmp_path / "model")
+    add(directory, machine="a machine", timeline=[{"step": 1, "state_size": 8, "step_seconds": 0.4}])
+    card = write_card(directory).read_text()
+    assert "ms per training step" not in card and "Made on: a machine." in card

@@ -165,7 +165,7 @@ def test_compress(place):
     model, record = AutoModelForCausalLM.from_pretrained("small"), Record.load("small")
     assert model.config.state_size == 3
     assert list(record.evaluations) == ["uncut", "cut"] and record.machine
-    assert record.run["dataset"] == "tokens.jsonl" and record.run["command"].startswith("hf-compressm ")
+    assert record.run["dataset"] == "tokens.jsonl" and record.run["command"].startswith("hf-compressm")
     (cut,) = record.made_cuts
     assert cut["loss_after"] == record.evaluations["cut"]["loss"] and cut["kl_divergence"] >= 0
     # What was recorded is what the saved model does.

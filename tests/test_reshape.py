@@ -442,7 +442,7 @@ def test_a_read_only_directory_is_refused(saved):
         assert (out / "small" / "model.safetensors").exists() and contents(checkpoint) == before
 
 
-@pytest.mark.parametrize("stage", ["rewrite_optimizer", "write_record", "_sync"])
+@pytest.mark.parametrize("stage", ["rewrite_optimizer", "library_versions", "_sync"])
 def test_a_kill_leaves_no_output(saved, tmp_path, stage, monkeypatch):
     """What was begun lies beside, hidden; the output is not there, and a second try makes it."""
     before = contents(saved)

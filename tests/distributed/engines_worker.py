@@ -188,18 +188,18 @@ def in_groups(kind: str) -> dict[str, Any] | None:
 def one_fails() -> dict[str, Any]:
     """One process raises while it ranks its layers; all raise the same, and at the next step all cut."""
     loop = Loop(ddp).train(last=CUT_AFTER - 1)
-    original, message = hf_compressm.planning._rank, None
+    original, message = hf_compressm.planning.rank_states, None
 
     def broken(*args: Any) -> Any:
         raise ValueError("the second process stumbled")
 
     if RANK == 1:
-        hf_compressm.planning._rank = broken
+        hf_compressm.planning.rank_states = broken
     try:
         loop.train(first=CUT_AFTER, last=CUT_AFTER)
     except ValueError as error:
         message = str(error)
-    hf_compressm.planning._rank = original
+    hf_compressm.planning.rank_states = original
     loop.compressor.cut()
     return loop.train(first=CUT_AFTER + 1).result(message=message)
 

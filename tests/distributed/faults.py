@@ -55,7 +55,7 @@ STAGES: dict[str, tuple[str, int, int]] = {
     "comparison afterwards": ("hf_compressm.compressor:compare_outputs", 2, 1),
     "weights being saved": ("transformers:Trainer._save_optimizer_and_scheduler", 2, 0),
     "inputs being saved": ("hf_compressm.callback:save_inputs", 1, 1),
-    "record being saved": ("hf_compressm.callback:write_record", 2, 0),
+    "record being saved": ("hf_compressm.callback:save_provenance", 2, 0),
     "inputs": ("hf_compressm.compressor:Compressor.step", 3, 1),
 }
 WRITING = ("weights being saved", "inputs being saved", "record being saved")
