@@ -17,8 +17,18 @@ from .report_page import write_report_page
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Of a directory that a Trainer wrote: checkpoints, logs, and what only a resume needs.
-NOT_PUSHED = ["checkpoint-*", "cut-checkpoint-*", "runs/*", "_*", "*.tmp", "compressm_continue.json", "optimizer.*"]
+# Of a directory that a Trainer wrote: checkpoints, logs, what only a resume needs, and a pickle of all its arguments,
+# which holds the token if one was given as `hub_token`.
+NOT_PUSHED = [
+    "training_args.bin",
+    "checkpoint-*",
+    "cut-checkpoint-*",
+    "runs/*",
+    "_*",
+    "*.tmp",
+    "compressm_continue.json",
+    "optimizer.*",
+]
 
 
 def push_compressed(
