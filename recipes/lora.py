@@ -33,6 +33,7 @@ from transformers import (
 )
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, load_compressed_peft
+from hf_compressm.cards import write_card
 from hf_compressm.metrics import metric_path
 
 STANDARD_LIBRARY = glob.escape(sysconfig.get_path("stdlib"))
@@ -135,6 +136,7 @@ def main(arguments: list[str] | None = None) -> Trainer:
 
     # The adapter alone is saved, with the plan of the cut.
     trainer.save_model(str(output / "adapter"))
+    write_card(output / "adapter")
     original = AutoModelForCausalLM.from_pretrained(base)
     back = load_compressed_peft(original, output / "adapter")
     print(f"put back on the original model: logits differ by {largest_difference(back, trainer.model, blocks):.1e}")
