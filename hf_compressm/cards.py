@@ -165,6 +165,10 @@ def _metadata(record: Record, context: dict[str, Any], former: ModelCard | None,
     task, _ = _task(context["model_class"])
     dataset = run.get("dataset")
     on_hub = context["base_model"] if _is_repository(context["base_model"]) else None
+    earlier = known.get("base_model")
+    if isinstance(earlier, str) and not _is_repository(earlier):
+        # PEFT names a folder of this machine, too, which the Hub would take for a repository.
+        known = known | {"base_model": None, "tags": [tag for tag in known.get("tags") or [] if earlier not in tag]}
     tags = [*TAGS, *run.get("tags", []), *tags, *(known.get("tags") or [])]
     values = {
         "license": run.get("license") or known.get("license"),

@@ -145,6 +145,17 @@ def test_adapters(tmp_path):
     assert 'load_compressed_peft(base, "me/adapter")' in card.text and "LORA" in card.text
 
 
+def test_peft_names_a_folder_as_the_base(tmp_path):
+    base = lively(TINY["mamba"].build())
+    base.save_pretrained(tmp_path / "base")
+    base.config._name_or_path = base.name_or_path = str(tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["in_proj"]))
+    compress(model, [tokens()], CompreSSMConfig(state_size=4))
+    model.save_pretrained(tmp_path / "adapter")
+    card = ModelCard.load(write_card(tmp_path / "adapter"))
+    assert card.data.base_model is None and str(tmp_path) not in str(card.data.tags)
+
+
 def test_an_earlier_card_keeps_its_license(tmp_path):
     directory = saved(tmp_path / "model")
     data = ModelCardData(license="gpl-3.0", language="de", tags=["old"], library_name="other")
