@@ -8,6 +8,9 @@ TORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # glibc gives large blocks back to the kernel at once; getting them again costs more than the arithmetic on a CPU.
 MALLOC := MALLOC_MMAP_THRESHOLD_=34359738368 MALLOC_TRIM_THRESHOLD_=34359738368 MALLOC_TOP_PAD_=67108864
 
+# Modules with public names of their own, beside those of the package itself.
+API := analysis cards criteria hankel metrics mixers modeling_compressm plots provenance record report_page
+
 .DEFAULT_GOAL := help
 .PHONY: help demo demo-checkpoint demo-lora test test-distributed fault-table readme-tables lint format bench bench-quality bench-architectures dist api clean
 
@@ -56,7 +59,7 @@ dist: $(VENV)/.ready  ## build the source distribution and the wheel into dist/
 	$(RUN) -m build --outdir dist
 
 api: $(VENV)/.ready  ## write the API reference, from the docstrings, as HTML into build/api/
-	$(RUN) -m pdoc --docformat google --output-directory build/api hf_compressm
+	$(RUN) -m pdoc --docformat google --output-directory build/api hf_compressm $(addprefix hf_compressm.,$(API))
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache
