@@ -139,7 +139,8 @@ def tidy_command(words: list[str]) -> str:
     folder, kept, rest = f"{Path(sys.executable).parent}/", [], iter(words)
     for word in rest:
         option = word.split("=")[0].lower()
-        if option.startswith("-") and any(part in option for part in SECRETS):
+        # `--hub_token x`, `--hub_token=x`, and of a launcher (`sudo`, `timeout`) also `HF_TOKEN=x`.
+        if (option.startswith("-") or "=" in word) and any(part in option for part in SECRETS):
             if "=" not in word:
                 next(rest, None)
             continue

@@ -152,6 +152,11 @@ def table(results: list[dict[str, Any]]) -> str:
     for result in results:
         values = ((key, result[key]) for key in keys)
         rows.append(["–" if value is None else format(value, FORMATS.get(key, "")) for key, value in values])
+    return aligned(rows)
+
+
+def aligned(rows: list[list[str]]) -> str:
+    """Lines of cells in columns: names on the left, numbers on the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

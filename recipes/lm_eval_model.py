@@ -29,7 +29,7 @@ from typing import Any
 import torch
 import yaml
 from compress_checkpoint import DataArguments, describe, load_documents, load_tokenizer
-from evaluate_model import base_of, load_model
+from evaluate_model import aligned, base_of, load_model
 from transformers import HfArgumentParser
 
 from hf_compressm.files import write_file
@@ -145,14 +145,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 shown = f"{measured[metric]:.4f}"
                 cells.append(f"{shown} ± {error:.4f}" if isinstance(error, float) else shown)
             rows.append([f"{task}, {kind}", *cells])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.rjust(width) if number else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    )
+    return aligned(rows)
 
 
 def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:

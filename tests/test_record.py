@@ -67,6 +67,7 @@ def test_other_files_are_refused(tmp_path, text, message):
         (["train.py", "--hub_token=hf_abc", "--wandb-api-key", "x"], "train.py"),
         (["/usr/bin/python3.11", "my train.py"], "python3.11 'my train.py'"),
         (["train.py", "--password"], "train.py"),
+        (["timeout", "9", "env", "HF_TOKEN=hf_abc", "python", "train.py"], "timeout 9 env python train.py"),
     ],
 )
 def test_commands_hold_no_secret(words, expected):
