@@ -248,23 +248,26 @@ def draw_loss_around(timeline: Sequence[Mapping[str, Any]], cut: Mapping[str, An
 @_styled
 def draw_step_time(timeline: Sequence[Mapping[str, Any]], cuts: Sequence[Mapping[str, Any]] = ()) -> Figure:
     """Draw how long a training step takes; arguments as in `draw_state_size`."""
-    figure, axes = _over_training(cuts)
     points = _points(timeline, "step_seconds")
     factor, unit = (1000, "ms") if max(seconds for _, seconds in points) < 10 else (1, "s")
-    axes.plot([step for step, _ in points], [factor * seconds for _, seconds in points], color=BLUE)
-    axes.set(ylabel=f"{unit} per training step", title="Time of a training step", ylim=_from_zero(points, factor))
-    _legend_below(axes)
-    return figure
+    return _scaled_over_training(points, factor, cuts, f"{unit} per training step", "Time of a training step")
 
 
 @_styled
 def draw_memory(timeline: Sequence[Mapping[str, Any]], cuts: Sequence[Mapping[str, Any]] = ()) -> Figure:
     """Draw the memory; arguments as in `draw_state_size`."""
-    figure, axes = _over_training(cuts)
     points = _points(timeline, "memory_bytes")
     scale, unit = (2**30, "GiB") if max(size for _, size in points) >= 2**30 else (2**20, "MiB")
-    axes.plot([step for step, _ in points], [size / scale for _, size in points], color=BLUE)
-    axes.set(ylabel=f"memory, {unit}", title="Memory", ylim=_from_zero(points, 1 / scale))
+    return _scaled_over_training(points, 1 / scale, cuts, f"memory, {unit}", "Memory")
+
+
+def _scaled_over_training(
+    points: list[tuple[int, float]], factor: float, cuts: Sequence[Mapping[str, Any]], label: str, title: str
+) -> Figure:
+    """Values at training steps, in another unit."""
+    figure, axes = _over_training(cuts)
+    axes.plot([step for step, _ in points], [factor * value for _, value in points], color=BLUE)
+    axes.set(ylabel=label, title=title, ylim=_from_zero(points, factor))
     _legend_below(axes)
     return figure
 
