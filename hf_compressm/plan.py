@@ -19,8 +19,6 @@ from .modeling_compressm import PROJECTIONS
 logger = logging.get_logger(__name__)
 
 FORMAT_VERSION = 1
-# `auto` keeps a stock model where no layer's output is expected to change by more than this.
-NEARLY_LOSSLESS = 0.05
 # The tensors of a LayerPlan that lie in the safetensors file.
 MATRICES = ("readout", *PROJECTIONS)
 
