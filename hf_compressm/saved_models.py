@@ -186,7 +186,7 @@ def compress_saved(
     sequences, tokenizer = sequences_for(model, mixers, data, expected_states(config, mixers))
     say(f"loading {model.name}")
     uncut = load_model(model, dtype=dtype, device=device, allow_pickle=allow_pickle)
-    before = _facts(uncut)
+    before = describe(uncut)
     statistics = measure(uncut, sequences.calibration.split(batch_size), show_progress=show_progress)
     say("choosing the states that stay")
     plan = plan_compression(uncut, statistics, config)
@@ -222,11 +222,12 @@ def compress_saved(
         write_report_page(directory)
         files = sorted(file.name for file in directory.iterdir())
     return SavedCut(
-        output, report, {"uncut": before | results["uncut"], "cut": _facts(smaller) | results["cut"]}, files
+        output, report, {"uncut": before | results["uncut"], "cut": describe(smaller) | results["cut"]}, files
     )
 
 
-def _facts(model: PreTrainedModel) -> dict[str, Any]:
+def describe(model: PreTrainedModel) -> dict[str, Any]:
+    """The sizes of a model: `state_size` in words ("8", "3 to 5"), `parameters`, and `state_bytes` per sequence."""
     mixers = find_mixers(model).values()
     sizes = [mixer.state_size for mixer in mixers]
     return {

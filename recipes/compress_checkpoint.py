@@ -51,7 +51,7 @@ from transformers import (
 )
 from transformers.utils import is_torchao_available
 
-from hf_compressm import CompreSSMConfig, compress_, find_mixers, measure, plan_compression, push_compressed
+from hf_compressm import CompreSSMConfig, compress_, measure, plan_compression, push_compressed
 from hf_compressm.cards import license_of, write_card
 from hf_compressm.metrics import metric_path
 from hf_compressm.model_files import check_cut, find_model
@@ -60,6 +60,7 @@ from hf_compressm.ranks import fixed_state_size
 from hf_compressm.record import describe_machine
 from hf_compressm.refit import tokens_for_a_fit
 from hf_compressm.report_page import write_report_page
+from hf_compressm.saved_models import describe
 from hf_compressm.texts import BYTES, byte_tokenizer
 from hf_compressm.texts import load_tokenizer as saved_tokenizer
 
@@ -191,17 +192,6 @@ def log_probabilities(model: PreTrainedModel, input_ids: torch.Tensor) -> torch.
 def divergence(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """KL(before ‖ after) of log-probabilities, for each token, in nats."""
     return (before.exp() * (before - after)).sum(-1)
-
-
-def describe(model: PreTrainedModel) -> dict[str, Any]:
-    """The sizes of a model."""
-    mixers = find_mixers(model).values()
-    sizes = sorted({mixer.state_size for mixer in mixers})
-    return {
-        "state_size": " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))),
-        "parameters": model.num_parameters(),
-        "state_bytes": sum(mixer.bytes_per_state * mixer.state_size for mixer in mixers),
-    }
 
 
 def assess(model: PreTrainedModel, uncut: PreTrainedModel, blocks: torch.Tensor, batch_size: int) -> dict[str, Any]:

@@ -24,13 +24,14 @@ from typing import Any
 
 import evaluate
 import torch
-from compress_checkpoint import BYTES, DataArguments, describe, load_blocks, load_tokenizer
+from compress_checkpoint import BYTES, DataArguments, load_blocks, load_tokenizer
 from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compressm import load_compressed_peft
 from hf_compressm.files import write_file
 from hf_compressm.metrics import metric_path
 from hf_compressm.model_files import find_model
+from hf_compressm.saved_models import describe
 
 logger = logging.getLogger("evaluate_model")
 

@@ -28,12 +28,13 @@ from typing import Any
 
 import torch
 import yaml
-from compress_checkpoint import DataArguments, describe, load_documents, load_tokenizer
+from compress_checkpoint import DataArguments, load_documents, load_tokenizer
 from evaluate_model import aligned, base_of, load_model
 from transformers import HfArgumentParser
 
 from hf_compressm.files import write_file
 from hf_compressm.model_files import find_model
+from hf_compressm.saved_models import describe
 
 CHOICES = 4
 TASKS: dict[str, dict[str, Any]] = {
