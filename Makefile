@@ -12,7 +12,7 @@ MALLOC := MALLOC_MMAP_THRESHOLD_=34359738368 MALLOC_TRIM_THRESHOLD_=34359738368 
 API := analysis cards criteria hankel metrics mixers modeling_compressm plots provenance record report_page
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-checkpoint demo-lora test test-distributed fault-table readme-tables lint format bench bench-quality bench-architectures dist api clean
+.PHONY: help demo demo-checkpoint demo-lora test test-distributed fault-table readme-tables lint format bench bench-gpu bench-study bench-architectures dist api clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -35,8 +35,9 @@ test-distributed: $(VENV)/.ready  ## run the tests that start several processes,
 fault-table: $(VENV)/.ready  ## break a cut at every stage, resume it, and print what became of it (minutes)
 	@PYTHONPATH=tests:tests/distributed:recipes OMP_NUM_THREADS=1 $(RUN) tests/distributed/faults.py 2>/dev/null
 
-readme-tables: $(VENV)/.ready  ## write the README's table of architectures anew
+readme-tables: $(VENV)/.ready  ## write the README's tables of architectures and of results anew
 	@PYTHONPATH=tests $(RUN) tests/readme_tables.py
+	@$(RUN) recipes/bench/readme_results.py
 
 lint: $(VENV)/.ready  ## check style
 	$(RUN) -m ruff check .
@@ -49,8 +50,12 @@ format: $(VENV)/.ready  ## put the code into style
 bench: $(VENV)/.recipes  ## measure step times, the cost of a cut and its memory; writes recipes/bench/results/
 	$(MALLOC) $(RUN) recipes/bench/speed.py
 
-bench-quality: $(VENV)/.recipes  ## compare every way of cutting on trained models; writes recipes/bench/results/ (40 minutes)
-	OMP_NUM_THREADS=1 $(MALLOC) $(RUN) recipes/bench/quality.py
+bench-gpu: $(VENV)/.recipes  ## on a CUDA machine: build the kernels, measure training, cuts, decoding (half an hour)
+	PYTHON=$(RUN) bash recipes/bench/build_kernels.sh
+	$(RUN) recipes/bench/gpu.py
+
+bench-study: $(VENV)/.recipes  ## does shrinking in training pay, and what does a cut cost; writes recipes/bench/results/ (hours)
+	OMP_NUM_THREADS=1 $(MALLOC) $(RUN) recipes/bench/study.py --resume
 
 bench-architectures: $(VENV)/.recipes  ## measure what one cut costs in each of the ten architectures; writes recipes/bench/results/
 	OMP_NUM_THREADS=1 $(MALLOC) $(RUN) recipes/bench/architectures.py

@@ -166,7 +166,10 @@ def compress(
     ] = None,
     realization: Annotated[
         Literal["stock", "projected", "auto"] | None,
-        typer.Option(help="Select states (stock, the default), or mix them (projected; Mamba-2 only)."),
+        typer.Option(
+            help="Select states (stock), mix them (projected; Mamba-2 only), or mix them where a selection would "
+            "cost more than 5 % (auto, the default)."
+        ),
     ] = None,
     criterion: Annotated[
         str | None, typer.Option(help="How states are chosen. Default: the best for the layout.")
@@ -260,7 +263,10 @@ def estimate(
     ] = "ddp",
     dtype: Annotated[str, typer.Option(help="Type of the weights in training.")] = "bfloat16",
     optimizer: Annotated[Literal["adamw", "lion", "sgd"], typer.Option(help="What trains it.")] = "adamw",
-    realization: Annotated[Literal["stock", "projected"], typer.Option(help="What the smaller model is.")] = "stock",
+    realization: Annotated[
+        Literal["stock", "projected", "auto"],
+        typer.Option(help="What the smaller model is; auto: projected where that is possible."),
+    ] = "auto",
     sequences: Annotated[int, typer.Option(help="Sequences that each process trains on at once.")] = 1,
     length: Annotated[int, typer.Option(help="Tokens of a sequence.")] = 2048,
     device: Annotated[Literal["cuda", "cpu"], typer.Option(help="Where step times were measured.")] = "cuda",

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,7 @@ from .distributed.wrappers import is_sharded, kind_of, processes_of, unwrap, why
 from .mixers import Mixer, find_mixers
 from .mixers.adapters import bypassed_adapters
 from .mixers.resize import ParameterPairs, resize_mixer, update_configs
+from .mixers.streamed_forward import streamed_forward
 from .optimizer import check_state, follow_resize, unwrap_optimizer
 from .peft_adapters import is_peft_model
 from .plan import CompressionPlan
@@ -49,6 +50,7 @@ from .ranks import (
     fixed_state_size,
     largest_before_cuts,
     round_up,
+    state_size_of,
     states_for_budget,
     target_is_reached,
 )
@@ -138,13 +140,15 @@ class Compressor:
         # DeepSpeed's engine has an optimizer of its own.
         self.engine = zero_engine(self.wrapper)
         if self.engine is not None:
+            if config.realization == "auto" and not must_project(config):
+                self.config = config = dataclasses.replace(config, realization="stock")
             deepspeed.refuse_projection(config.realization)
         follows = optimizer is not None and self.why_not_in_process is None and self.engine is None
         self.optimizer = unwrap_optimizer(optimizer) if follows else None
         self.accelerator = accelerator
         settings = json.dumps(config.to_dict(), sort_keys=True).encode()
         self.processes.check_same(hashlib.sha256(settings).hexdigest(), "the config")
-        self.state_size = max(mixer.state_size for mixer in find_mixers(self.model).values())
+        self.state_size = state_size_of(find_mixers(self.model))
         self.steps = cut_steps(config.schedule, total_steps, warmup_steps)
         self.history: list[dict[str, Any]] = [] if history is None else history
         self._loaded_from: str | Path | None = None
@@ -265,7 +269,7 @@ class Compressor:
         self.history.append(entry)
         self._tell_the_model()
         self._announced_wait = False
-        self.state_size = report.state_size_after
+        self.state_size = state_size_of(find_mixers(self.model))
         self.stopped = self._target_is_reached()
         self.recorder.wanted_tokens = self.wanted_tokens
         self._record_if_soon_due()
@@ -300,7 +304,7 @@ class Compressor:
                 self.optimizer.state[parameter] = {key: give_back() for key, give_back in state.items()}
             check_optimizer(self.model, self.optimizer)
         self._repair_wrapper()
-        self.state_size = max(state_size for state_size, _ in snapshot["sizes"].values())
+        self.state_size = state_size_of(find_mixers(self.model))
         self.history[-1]["status"] = "taken back"
         self.stopped = True
 
@@ -376,7 +380,7 @@ class Compressor:
         the weights do not have as undone.
         """
         self._repair_wrapper()
-        self.state_size = max(mixer.state_size for mixer in find_mixers(self.model).values())
+        self.state_size = state_size_of(find_mixers(self.model))
         self.recorder.wanted_tokens = self.wanted_tokens
         for entry in self.history:
             pairs = zip(entry.get("layers", []), find_mixers(self.model).values(), strict=False)
@@ -423,7 +427,7 @@ class Compressor:
         return round_up(size, self.config.multiple_of)
 
     def _target_is_reached(self) -> bool:
-        return target_is_reached(self.config, self.history, list(find_mixers(self.model).values()))
+        return target_is_reached(self.config, self.history, find_mixers(self.model))
 
     def _next_size(self, remaining: int) -> int | list[int]:
         """Several cuts approach the target geometrically; each takes at least one state, or `multiple_of` of them."""
@@ -435,7 +439,7 @@ class Compressor:
                 for size, target in zip(present, self.config.state_size, strict=True)
             ]
         size = round_up(round(self.state_size * (self._target() / self.state_size) ** (1 / remaining)), multiple)
-        most = max(present) - 1
+        most = self.state_size - 1
         largest = most // multiple * multiple if isinstance(multiple, int) else 1 << (most.bit_length() - 1)
         return max(self._target(), min(size, largest))
 
@@ -473,7 +477,9 @@ class Compressor:
         # In a data-parallel run, a process may have seen no batch of late.
         batch = first_rows(self.recorder.batches[-1], CHECK_TOKENS) if self.recorder.batches else None
         with _timed(seconds, "check"), self.processes.all_or_none("comparing the outputs before and after the cut"):
-            before = (None, None) if batch is None else compare_outputs(self.model, batch)
+            sharded = is_sharded(self.model, self.wrapper)
+            with nullcontext() if sharded else streamed_forward(find_mixers(self.model)):
+                before = (None, None) if batch is None else compare_outputs(self.model, batch)
         snapshot = None
         if self.config.pragmatic:
             with _timed(seconds, "snapshot"):

@@ -49,8 +49,9 @@ class CompreSSMConfig:
 
     state_size: int | float | list[int] | None = _option(
         None,
-        "States to keep: a number (12), a fraction of the present number (0.1), or, for projected layers, a list with "
-        "a number for each mixer, in the model's order.",
+        "States to keep: a number (12), or a fraction of the present number (0.1). Stock layers keep so many each; "
+        "projected ones so many on average, shared out so that the sum of the layers' squared errors is the least. A "
+        "list has a number for each mixer, in the model's order (projected layers only).",
     )
     tolerance: float | None = _option(
         None, "Keep the fewest states for which no layer's measured relative output error exceeds this (0.02 = 2 %)."
@@ -64,10 +65,10 @@ class CompreSSMConfig:
         "float32); shared out so that the sum of the layers' squared errors is the least.",
     )
     realization: str = _option(
-        "stock",
+        "auto",
         "What the smaller model is: `stock` (an ordinary Transformers model: states are selected), `projected` "
         "(Mamba-2 layouts only: two more matrices per mixer, nearly lossless, an own model class), or `auto` (stock "
-        "where its expected error is small or nothing else is possible, else projected).",
+        "where its expected error is small, nothing else is possible, or a criterion is named; else projected).",
     )
     projection_rounds: int = _option(
         3, "How often the two matrices of a projection take turns in being fitted; 0 keeps the balanced truncation."
@@ -76,8 +77,13 @@ class CompreSSMConfig:
         "auto",
         "How states are ranked; auto is `refit` for Mamba-1 and `ghost` for Mamba-2. See hf_compressm.criteria.",
     )
-    refit: bool = _option(True, "Refit the readout C of the kept states in closed form (Mamba-1 layouts only).")
-    refit_steps: int = _option(10, "Conjugate-gradient steps of the refit; 0 keeps the mean-field start.")
+    refit: bool = _option(
+        True, "Refit the readout C and the drive B of the kept states in closed form (Mamba-1 layouts only)."
+    )
+    refit_steps: int = _option(10, "Conjugate-gradient steps of each fit; 0 keeps the mean-field start.")
+    refit_rounds: int = _option(
+        2, "How often drive and readout take turns in being fitted after the first fit of the readout; 0 fits C alone."
+    )
     refit_penalty: float = _option(0.001, "Weight lambda that draws the refit towards its mean-field start.")
     calibration_tokens: int | None = _option(
         None, "Tokens, over all processes, that a cut is measured on. None: max(4096, 2 r N)."
@@ -118,7 +124,13 @@ class CompreSSMConfig:
         self._check_number("refit_penalty", low=0)
         self._check_number("pragmatic_tolerance", low=0)
         self._check_number("max_kept_fraction", low=0, high=1, open_low=True, closed_high=True)
-        for name, low in (("refit_steps", 0), ("projection_rounds", 0), ("pragmatic_steps", 1), ("seed", 0)):
+        for name, low in (
+            ("refit_steps", 0),
+            ("refit_rounds", 0),
+            ("projection_rounds", 0),
+            ("pragmatic_steps", 1),
+            ("seed", 0),
+        ):
             self._check_whole(name, low)
         if self.multiple_of != KERNEL_SIZES:
             if isinstance(self.multiple_of, str):
@@ -229,8 +241,8 @@ def chosen(config: dict[str, Any]) -> dict[str, Any]:
     """What of a config's dictionary is not the default.
 
     Example:
-        >>> chosen(CompreSSMConfig(state_size=12, realization="auto").to_dict())
-        {'state_size': 12, 'realization': 'auto'}
+        >>> chosen(CompreSSMConfig(state_size=12, realization="stock").to_dict())
+        {'state_size': 12, 'realization': 'stock'}
     """
     usual = {option.name: option.default for option in dataclasses.fields(CompreSSMConfig)}
     return {name: value for name, value in config.items() if name not in usual or value != usual[name]}

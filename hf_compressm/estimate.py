@@ -38,11 +38,12 @@ import torch
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 
-from .config import is_whole
+from .config import REALIZATIONS, is_whole
+from .drive import FITTED_CHANNELS
 from .mixers import ARCHITECTURES, Mixer, StateAxis, find_mixers, mamba1, mamba2
 from .mixers.architectures import architecture_of
 from .mixers.resize import resize_mixer, update_configs
-from .mixers.scan import CHUNK_ELEMENTS
+from .mixers.scan import ACCELERATOR_CHUNK_ELEMENTS, CHUNK_ELEMENTS, SAMPLED_CHANNELS
 from .modeling_compressm import PROJECTIONS
 from .planning import refuse_projection
 from .projection import FEWEST_COORDINATES
@@ -61,7 +62,6 @@ STRATEGIES: dict[str, tuple[str, ...]] = {
 # Float32 numbers that an optimizer keeps for each parameter.
 OPTIMIZERS = {"adamw": 2, "lion": 1, "sgd": 0}
 DTYPES = {"bfloat16": 2, "float16": 2, "float32": 4}
-REALIZATIONS = ("stock", "projected")
 FLOAT32 = 4
 # What a training batch holds of a token: input ids, labels and mask, in int64.
 RECORDED_BYTES = 3 * 8
@@ -279,7 +279,7 @@ def estimate(
     strategy: str = "ddp",
     dtype: str = "bfloat16",
     optimizer: str = "adamw",
-    realization: str = "stock",
+    realization: str = "auto",
     sequences: int = 1,
     length: int = 2048,
     device: str = "cuda",
@@ -294,7 +294,7 @@ def estimate(
         strategy: how training is spread over them: ddp, fsdp2, zero1, zero2 or zero3.
         dtype: what training computes in; bfloat16 and float16 mean mixed precision.
         optimizer: adamw, lion or sgd (without momentum).
-        realization: stock or projected, as in CompreSSMConfig.
+        realization: stock or projected; auto is projected where that is possible.
         sequences: sequences in a batch of one rank.
         length: their length, in tokens.
         device: cuda (with Mamba's kernels) or cpu, for the step time.
@@ -331,11 +331,15 @@ def estimate(
             f"state_size is {state_size!r}, that is {target} states, but a mixer of the model has "
             f"{min(sizes_before)}; give fewer"
         )
+    refused = [mixer for mixer in mixers.values() if not mixer.can_be_projected]
     if realization == "projected":
-        refuse_projection([mixer for mixer in mixers.values() if not mixer.can_be_projected])
+        refuse_projection(refused)
+    elif realization == "auto":
+        # DeepSpeed's ZeRO cannot start the parameters that a projection adds.
+        settings["realization"] = "stock" if refused or strategy.startswith("zero") else "projected"
     settings |= {"state_size": target}
     settings |= {"tokens": tokens_for_a_fit(target, max(sizes_before)) if tokens is None else tokens}
-    projects = realization == "projected"
+    projects = settings["realization"] == "projected"
     kinds = dict(Counter(type(mixer.module).__name__ for mixer in mixers.values()))
 
     before = _size(model, mixers, settings)
@@ -584,8 +588,10 @@ def _cut(
     }["zero1" if strategy == "zero2" else strategy]
     shards = several and "weights" in STRATEGIES[strategy]
     copies = sum(parameter.numel() for name in owned for parameter in mixers[name].module.parameters())
+    # Two for each layer; norms on B allow no refit of it.
     matrices = sum(
-        FLOAT32 * mixers[name].state_size * target * (2 * mixers[name].groups if projects else 1) for name in looked_at
+        FLOAT32 * mixers[name].state_size * target * mixers[name].groups * (1 if mixers[name].is_normalized else 2)
+        for name in looked_at
     )
     host = {
         "recorded batches": own_tokens * RECORDED_BYTES,
@@ -622,17 +628,23 @@ def _replaced(mixer: Mixer, target: int, projects: bool) -> list[tuple[int, int]
 
 
 def _chunk_bytes(mixer: Mixer, settings: dict[str, Any]) -> int:
-    step = settings["sequences"] * mixer.module.intermediate_size * mixer.state_size
-    return FLOAT32 * step * min(settings["length"], max(1, CHUNK_ELEMENTS // step))
+    step = settings["sequences"] * _channels(mixer) * mixer.state_size
+    elements = CHUNK_ELEMENTS if settings["device"] == "cpu" else ACCELERATOR_CHUNK_ELEMENTS
+    return FLOAT32 * step * min(settings["length"], max(1, elements // step))
+
+
+def _channels(mixer: Mixer) -> int:
+    return min(mixer.module.intermediate_size, SAMPLED_CHANNELS)
 
 
 def _streaming_bytes(mixer: Mixer, settings: dict[str, Any]) -> int:
     """The working memory of running one batch's recurrence, in float32.
 
     Δ, x and the gate of every channel, B and C; and chunks: the states, a product of theirs, and, in Mamba-1, decays.
+    Combined in rounds, both are there once more.
     """
     width = 3 * mixer.module.intermediate_size + 2 * mixer.groups * mixer.state_size
-    chunks = 2 if mixer.can_be_projected else 3
+    chunks = (2 if mixer.can_be_projected else 3) + (0 if settings["device"] == "cpu" else 2)
     tokens = settings["sequences"] * settings["length"]
     return FLOAT32 * tokens * width + chunks * _chunk_bytes(mixer, settings)
 
@@ -664,10 +676,19 @@ def token_system_bytes(state_size: int, kept: int, groups: int, tokens: int, pro
 
 
 def _fitting_bytes(mixer: Mixer, tokens: int, settings: dict[str, Any]) -> int:
-    """The working memory of one layer's fit: its token systems, twice while the batches' parts are joined."""
+    """The working memory of one layer's fit: its token systems, twice while the batches' parts are joined.
+
+    A refit keeps decays, forwards and backwards, of the states that stay, Δ x, y and its weight of every channel that
+    it looks at, and B and C, of all tokens.
+    """
     projected = settings["realization"] == "projected"
     systems = token_system_bytes(mixer.state_size, settings["state_size"], mixer.groups, tokens, projected)
-    return 2 * systems + _streaming_bytes(mixer, settings)
+    channels = min(mixer.module.intermediate_size, FITTED_CHANNELS)
+    numbers = channels * (2 * settings["state_size"] + 3) + 2 * mixer.groups * mixer.state_size
+    kept = 0 if projected else FLOAT32 * tokens * numbers
+    # A projection's coordinates, plain and weighted.
+    coordinates = 2 * _chunk_bytes(mixer, settings) if projected else 0
+    return 2 * systems + kept + coordinates + _streaming_bytes(mixer, settings)
 
 
 def _gathered_numbers(model: nn.Module, mixers: dict[str, Mixer]) -> int:

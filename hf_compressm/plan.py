@@ -18,9 +18,11 @@ from .modeling_compressm import PROJECTIONS
 
 logger = logging.get_logger(__name__)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Version 1 had no drives.
+READABLE_VERSIONS = (1, 2)
 # The tensors of a LayerPlan that lie in the safetensors file.
-MATRICES = ("readout", *PROJECTIONS)
+MATRICES = ("readout", "drive", *PROJECTIONS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +34,12 @@ class LayerPlan:
         state_size_before: N.
         kept: the states that stay, in rising order, shape (groups, r), int64; None if the layer is projected.
         readout: M with new rows W_C' = M W_C, shape (groups, r, N), float32; None if C's rows are only selected.
+        drive: M with new rows W_B' = M W_B, of the same shape; None if B's rows are only selected.
         scales: role of a `StateAxis` → the number that all entries of that role are multiplied with, or a list with
             one for each state that stays.
         criterion: the name of the score the states were ranked by; `balanced truncation` if the layer is projected.
-        refit: how the readout or the projection was found: `conjugate gradients`, `mean field`, `balanced`,
-            `alternating least squares` or `none`.
+        refit: how readout and drive, or the projection, were found: `alternating least squares`, `conjugate gradients`
+            (of the readout alone), `mean field`, `balanced` or `none`.
         relative_error: √(Σ w (y−ŷ)² / Σ w y²) of what the layer passes on, measured on the calibration tokens.
         error_curve: the expected relative error with 0, 1, …, N states kept, N + 1 numbers. Where B and C are
             normalized and no tolerance asked for a measured one, too low: sums do not know what the norms lose.
@@ -62,6 +65,12 @@ class LayerPlan:
     expected_errors: dict[str, float] = field(default_factory=dict)
     groups: int = 1
     scales: dict[str, float | list[float]] = field(default_factory=dict)
+    drive: torch.Tensor | None = None
+
+    @property
+    def mixtures(self) -> dict[str, torch.Tensor]:
+        """Role of a `StateAxis` → M of its new rows, M times the old ones; a role that is missing is only selected."""
+        return {role: M for role, M in (("B", self.drive), ("C", self.readout)) if M is not None}
 
     @property
     def realization(self) -> str:
@@ -199,9 +208,10 @@ class CompressionPlan:
     @classmethod
     def _from_parts(cls, content: Any, tensors: dict[str, torch.Tensor], where: str) -> CompressionPlan:
         try:
-            if content["format_version"] != FORMAT_VERSION:
+            if content["format_version"] not in READABLE_VERSIONS:
                 raise ValueError(
-                    f"{where}: plan format {content['format_version']!r}, but this version reads {FORMAT_VERSION}"
+                    f"{where}: plan format {content['format_version']!r}, but this version reads "
+                    f"{' and '.join(map(str, READABLE_VERSIONS))}"
                 )
             # Of the file as it is: a later version of the config may have more keys or fewer.
             rest = {key: value for key, value in content.items() if key != "digest"}

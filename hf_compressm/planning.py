@@ -22,10 +22,10 @@ from .distributed.processes import ALONE, NonFiniteError, Processes
 from .distributed.wrappers import unwrap
 from .elimination import eliminate
 from .mixers import Mixer, find_mixers, layers_by_config
-from .mixers.adapters import readout_of_parameters
+from .mixers.adapters import mixture_of_parameters
 from .plan import CompressionPlan, LayerPlan
 from .projection import fit_projection, mean_field_error_curve, measured_error_curve, measured_hankel_values
-from .ranks import choose_state_sizes
+from .ranks import choose_state_sizes, fixed_sizes
 from .refit import fewest_tokens, measured_selection_curve, refit_readout, select_readout
 from .statistics import StateStatistics
 
@@ -115,7 +115,7 @@ def _refits(mixer: Mixer, config: CompreSSMConfig) -> bool:
 
 def _needs_inputs(mixer: Mixer, config: CompreSSMConfig) -> bool:
     """Whether more than the sums is looked at."""
-    projects = config.realization != "stock" and mixer.can_be_projected
+    projects = may_project(config) and mixer.can_be_projected
     return _refits(mixer, config) or mixer.is_normalized or projects
 
 
@@ -162,8 +162,8 @@ def _look_ahead(mixer: Mixer, statistics: StateStatistics, ranking: Ranking, con
     projected_curve = hankel = measured_hankel = None
     if mixer.can_be_projected:
         # Measured where a choice depends on it.
-        chooses_a_size = config.tolerance is not None or config.state_bytes is not None
-        measures = config.realization != "stock" and chooses_a_size
+        sizes_are_given = isinstance(config.state_size, list) or config.hankel_tolerance is not None
+        measures = may_project(config) and not sizes_are_given
         projected_curve = measured_error_curve(mixer, statistics) if measures else mean_field_error_curve(statistics)
     if config.hankel_tolerance is not None:
         hankel, measured_hankel = hankel_singular_values(statistics), measured_hankel_values(statistics)
@@ -213,7 +213,7 @@ def _choose(
         refuse_projection(refused)
     # Only a stock model's config holds one number for all.
     together = not any(mixers[name].is_projected for name in names)
-    is_projected = config.realization != "stock" and not refused
+    is_projected = may_project(config) and not refused
     if is_projected:
         sizes = choose_state_sizes(
             config,
@@ -226,11 +226,14 @@ def _choose(
         shrinks = any(sizes[name] < mixers[name].state_size for name in names)
         if not shrinks:
             return sizes, False
-        largest = max(sizes.values())
-        near_lossless = together and all(float(outlooks[name].curve[largest]) <= NEARLY_LOSSLESS for name in names)
-        if must_project(config) or not near_lossless:
+        if must_project(config) or not together:
             return sizes, True
-        return dict.fromkeys(names, largest), False
+        # A stock config has one size for all: the one that was asked for, or the largest that a layer needs.
+        size = max(sizes.values())
+        if config.state_size is not None:
+            size = max(fixed_sizes(config, {name: mixers[name].state_size for name in names}, {}).values())
+        near_lossless = all(float(outlooks[name].curve[size]) <= NEARLY_LOSSLESS for name in names)
+        return (dict.fromkeys(names, size), False) if near_lossless else (sizes, True)
     return (
         choose_state_sizes(
             config,
@@ -240,6 +243,11 @@ def _choose(
         ),
         False,
     )
+
+
+def may_project(config: CompreSSMConfig) -> bool:
+    """Whether a config allows a projection; one that names a criterion asks for a selection by it."""
+    return must_project(config) or (config.realization == "auto" and config.criterion == "auto")
 
 
 def must_project(config: CompreSSMConfig) -> bool:
@@ -331,13 +339,22 @@ def _plan_selection(
     mixer: Mixer, statistics: StateStatistics, ranking: Ranking, size: int, config: CompreSSMConfig
 ) -> LayerPlan:
     kept = ranking.order[:, statistics.state_size - size :].sort(dim=-1).values
-    readout, method, error, scales = None, "none", float(ranking.curve[size]), {}
+    readout, drive, method, error, scales = None, None, "none", float(ranking.curve[size]), {}
     if size == statistics.state_size:
         error = 0.0
     elif _refits(mixer, config):
-        result = refit_readout(mixer, statistics, kept, steps=config.refit_steps, penalty=config.refit_penalty)
-        readout, method, error, scales = result.matrix, result.method, result.relative_error, result.scales
-        readout = readout_of_parameters(mixer.name, mixer.axes, readout, kept)
+        result = refit_readout(
+            mixer,
+            statistics,
+            kept,
+            steps=config.refit_steps,
+            penalty=config.refit_penalty,
+            rounds=config.refit_rounds,
+        )
+        method, error, scales = result.method, result.relative_error, result.scales
+        readout = mixture_of_parameters(mixer.name, mixer.axes, result.matrix, kept, "C")
+        if result.drive is not None:
+            drive = mixture_of_parameters(mixer.name, mixer.axes, result.drive, kept, "B")
     elif mixer.is_normalized:
         result = select_readout(mixer, statistics, kept)
         error, scales = result.relative_error, result.scales
@@ -346,6 +363,7 @@ def _plan_selection(
         state_size_before=statistics.state_size,
         kept=kept,
         readout=readout,
+        drive=drive,
         criterion=ranking.criterion,
         refit=method,
         relative_error=error,

@@ -229,7 +229,7 @@ def _stream_coordinates(
     W, V = W.to(device, torch.float32), V.to(device, torch.float32)
     for hidden_states, mask in statistics.inputs:
         with torch.autocast(device.type, enabled=False):
-            inputs = mixer.scan_inputs(hidden_states.to(device), mask)
+            inputs = mixer.scan_inputs(hidden_states.to(device), mask).sampled()
             for first, states in stream_states(inputs):
                 C = inputs.C[:, first : first + states.shape[0]].transpose(0, 1)
                 y = (states @ C[..., None]).squeeze(-1)

@@ -118,7 +118,8 @@ def choose_state_sizes(
         together: whether all layers keep the same number, as a stock config demands: a measured rule then takes the
             largest that any of them asks for.
         numbers: each layer's place among all mixers of the model, for a list of state sizes.
-        bytes_per_state: as in `states_for_budget`, for `state_bytes`.
+        bytes_per_state: as in `states_for_budget`, for `state_bytes`; with it, a fixed `state_size` is shared out,
+            too.
 
     Returns:
         The new sizes by name; the present ones where a measured rule finds that the cut is not worth it.
@@ -127,8 +128,13 @@ def choose_state_sizes(
         ValueError: a fixed state_size that is not below the present one, or a budget that is too small.
     """
     present = {name: len(curve) - 1 for name, curve in error_curves.items()}
-    if config.state_size is not None:
+    if config.state_size is not None and (bytes_per_state is None or isinstance(config.state_size, list)):
         return fixed_sizes(config, present, numbers or {})
+    if config.state_size is not None:
+        average = average_state_size(present, bytes_per_state)
+        target = fixed_target(config, max(present, key=present.__getitem__), average)
+        budget = target * sum(bytes_per_state.values())
+        return states_for_budget(error_curves, bytes_per_state, budget, config.multiple_of)
     if config.state_bytes is not None:
         return states_for_budget(error_curves, bytes_per_state, config.state_bytes, config.multiple_of)
     if config.tolerance is not None:
@@ -144,6 +150,25 @@ def choose_state_sizes(
     return {
         name: kept[name] if kept[name] < config.max_kept_fraction * present[name] else present[name] for name in kept
     }
+
+
+def average_state_size(sizes: dict[str, int], bytes_per_state: dict[str, int]) -> int:
+    """The size that would take as many bytes if all layers had it, rounded up.
+
+    Example:
+        >>> average_state_size({"a": 3, "b": 20}, {"a": 4, "b": 4})
+        12
+    """
+    total = sum(size * bytes_per_state[layer] for layer, size in sizes.items())
+    return -(-total // sum(bytes_per_state.values()))
+
+
+def state_size_of(mixers: dict[str, Mixer]) -> int:
+    """The largest size of any mixer; of projected ones, which share their states out, the average."""
+    sizes = {name: mixer.state_size for name, mixer in mixers.items()}
+    if any(mixer.is_projected for mixer in mixers.values()):
+        return average_state_size(sizes, {name: mixer.bytes_per_state for name, mixer in mixers.items()})
+    return max(sizes.values())
 
 
 def fixed_sizes(config: CompreSSMConfig, present: dict[str, int], numbers: dict[str, int]) -> dict[str, int]:
@@ -193,16 +218,16 @@ def fixed_state_size(target: int | float | list[int], present: int) -> int:
     return target if is_whole(target) else max(1, round(target * present))
 
 
-def target_is_reached(config: CompreSSMConfig, history: list[dict[str, Any]], mixers: list[Mixer]) -> bool:
+def target_is_reached(config: CompreSSMConfig, history: list[dict[str, Any]], mixers: dict[str, Mixer]) -> bool:
     """Whether the cuts of a history left mixers as few states as a fixed target asks for; never for measured rules."""
-    sizes, before = [mixer.state_size for mixer in mixers], largest_before_cuts(history)
+    sizes, before = [mixer.state_size for mixer in mixers.values()], largest_before_cuts(history)
     if before is None:
         return False
     if config.state_bytes is not None:
-        return sum(mixer.state_size * mixer.bytes_per_state for mixer in mixers) <= config.state_bytes
+        return sum(mixer.state_size * mixer.bytes_per_state for mixer in mixers.values()) <= config.state_bytes
     if config.state_size is None or isinstance(config.state_size, list):
         return sizes == config.state_size
-    return max(sizes) <= round_up(fixed_state_size(config.state_size, before), config.multiple_of)
+    return state_size_of(mixers) <= round_up(fixed_state_size(config.state_size, before), config.multiple_of)
 
 
 def largest_before_cuts(history: list[dict[str, Any]]) -> int | None:

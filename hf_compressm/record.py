@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import sys
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ RECORD_FILE = "compressm.json"
 RECORD_VERSION = 1
 # Parts of the names of options whose values are nobody's business.
 SECRETS = ("token", "key", "secret", "password")
+
+# Metrics of recall over a distance in tokens, which have a table of their own; an error is half of a 95 % interval.
+RECALL = re.compile(r"recall_(?:gain|accuracy)(?:_error)?_after_(\d+)")
 
 # Names of metrics as a reader wants them; others are shown by their own.
 LABELS = {

@@ -1,4 +1,4 @@
-"""Closed-form refit: new readout rows C' = M C for the kept states, so that they make up for the removed ones.
+"""Closed-form refit: new rows of C, and of B, for the kept states, so that they make up for the removed ones.
 
 It minimises the squared error of what the layer passes on, over the calibration tokens t and channels d,
 
@@ -7,6 +7,9 @@ It minimises the squared error of what the layer passes on, over the calibration
 by preconditioned conjugate gradients from the mean-field solution M₀. All that it needs of a token is the Gram matrix
 G_t = Σ_d w h_S h_Sᵀ (r×r) and p_t = Σ_d w e h_S, with e the error at M₀: the channels are summed away in one pass.
 Groups (the heads of Zamba) have a readout each.
+
+Then the drive B of the kept states is fitted while their readout stays (`drive.py`), the readout anew to the states
+that come of it, and so on, in turns: alternating least squares on the outputs, in which no step raises the error.
 
 Where B and C are normalized, h_S are the states as they are when the removed ones are missing from B's norm, and C'_t
 follows what M makes of C's norm: M is fitted with the ratio of the norms that M₀ leads to. What is reported is the
@@ -21,10 +24,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from .drive import KeptRecurrence, fit_drive, kept_recurrences, selection
 from .least_squares import conjugate_gradients, with_ridge
 from .mixers import Mixer
 from .statistics import StateStatistics
-from .token_systems import TokenSystem, token_systems
+from .token_systems import TokenSystem, systems_of, token_systems
 
 MEAN_FIELD_RIDGE = 1e-4
 MINIMUM_TOKENS = 4096
@@ -39,9 +43,10 @@ class Readout:
 
     Attributes:
         matrix: M with new rows W_C' = M W_C, shape (groups, r, N), float32, on the CPU; None without a refit.
+        drive: the same for the rows of B; None if they are only selected.
         relative_error: √(Σ w (y−ŷ)² / Σ w y²) on the calibration tokens. M has few numbers beside tokens × channels
             outputs, so on fresh tokens it is about the same.
-        method: `conjugate gradients`, `mean field` or `none`.
+        method: `alternating least squares`, `conjugate gradients` (of the readout alone), `mean field` or `none`.
         scales: role → what its rows are multiplied with; only where B and C are normalized.
     """
 
@@ -49,6 +54,7 @@ class Readout:
     relative_error: float
     method: str
     scales: dict[str, float | list[float]] = field(default_factory=dict)
+    drive: torch.Tensor | None = None
 
 
 def mean_field_readout(state_gram: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
@@ -91,8 +97,9 @@ def refit_readout(
     *,
     steps: int,
     penalty: float,
+    rounds: int = 0,
 ) -> Readout:
-    """Find the readout of the kept states that best reproduces a layer's output on its recorded inputs.
+    """Find the readout, and the drive, of the kept states that best reproduce a layer's output on its recorded inputs.
 
     Args:
         mixer: a mixer whose layout can be refitted; it is only read.
@@ -100,15 +107,20 @@ def refit_readout(
         kept: the states that stay, shape (groups, r).
         steps: the most conjugate-gradient steps; with 0, or with too few tokens, the mean field stays.
         penalty: λ.
+        rounds: how often drive and readout take turns after the first fit of the readout. Where B and C are
+            normalized, the drive stays.
     """
     start = torch.stack([mean_field_readout(H, S) for H, S in zip(statistics.state_gram, kept, strict=True)])
-    systems = token_systems(mixer, statistics, kept, start)
     enough = statistics.tokens >= fewest_tokens(kept.shape[1], statistics.state_size)
-    fits = [
-        _fit_group(system, group, statistics, group_kept, group_start, steps if enough else 0, penalty)
-        for group, (system, group_kept, group_start) in enumerate(zip(systems, kept.cpu(), start, strict=True))
-    ]
-    return _result(mixer, systems, fits, kept)
+    steps = steps if enough else 0
+    if mixer.is_normalized:
+        systems = token_systems(mixer, statistics, kept, start)
+        return _result(mixer, systems, _fit_groups(systems, statistics, kept, start, steps, penalty))
+    recurrences = kept_recurrences(mixer, statistics, kept)
+    systems = systems_of(recurrences, selection(kept, statistics.state_size), start)
+    fits = _fit_groups(systems, statistics, kept, start, steps, penalty)
+    readout = _result(mixer, systems, fits)
+    return _take_turns(readout, recurrences, statistics, kept, steps, penalty, rounds) if steps else readout
 
 
 @torch.no_grad()
@@ -117,7 +129,7 @@ def select_readout(mixer: Mixer, statistics: StateStatistics, kept: torch.Tensor
     start = torch.eye(statistics.state_size, dtype=torch.float64)[kept.cpu()]
     systems = token_systems(mixer, statistics, kept, start)
     fits = [_Fit(matrix, *system.best_gain(matrix), "none") for system, matrix in zip(systems, start, strict=True)]
-    return dataclasses.replace(_result(mixer, systems, fits, kept), matrix=None)
+    return dataclasses.replace(_result(mixer, systems, fits), matrix=None)
 
 
 def measured_selection_curve(
@@ -162,20 +174,28 @@ class _Fit:
     method: str
 
 
-def _fit_group(
-    system: TokenSystem,
-    group: int,
+def _fit_groups(
+    systems: list[TokenSystem],
     statistics: StateStatistics,
     kept: torch.Tensor,
     start: torch.Tensor,
     steps: int,
     penalty: float,
+) -> list[_Fit]:
+    H = statistics.state_gram.double().cpu()
+    omega = statistics.readout_gram.double().cpu() / statistics.tokens.double().cpu()
+    return [
+        _fit_group(system, group_start, group_H[own][:, own], group_omega, steps, penalty)
+        for system, own, group_start, group_H, group_omega in zip(systems, kept.cpu(), start, H, omega, strict=True)
+    ]
+
+
+def _fit_group(
+    system: TokenSystem, start: torch.Tensor, H_SS: torch.Tensor, omega: torch.Tensor, steps: int, penalty: float
 ) -> _Fit:
     mean_field = _Fit(start, *system.best_gain(start), "mean field")
     if steps == 0 or mean_field.error <= 0:
         return mean_field
-    H_SS = statistics.state_gram[group].double().cpu()[kept][:, kept]
-    omega = statistics.readout_gram[group].double().cpu() / statistics.tokens.double().cpu()
     # Behind a norm the fit takes as given what the mean field makes the norm divide by. To find that anew and to fit
     # again gained nothing on trained models.
     features = system.features(start, mean_field.gain)
@@ -184,9 +204,46 @@ def _fit_group(
     return fitted if fitted.error < mean_field.error else mean_field
 
 
-def _result(mixer: Mixer, systems: list[TokenSystem], fits: list[_Fit], kept: torch.Tensor) -> Readout:
+def _take_turns(
+    readout: Readout,
+    recurrences: list[KeptRecurrence],
+    statistics: StateStatistics,
+    kept: torch.Tensor,
+    steps: int,
+    penalty: float,
+    rounds: int,
+) -> Readout:
+    """Fit the drive, and the readout anew, so many times; a round that does not lower the error is the last."""
+    drive = selection(kept, statistics.state_size)
+    omega = statistics.readout_gram.double().cpu() / statistics.tokens.double().cpu()
+    for _ in range(rounds):
+        matrix = readout.matrix.double()
+        new_drive = fit_drive(recurrences, drive, matrix, steps=steps, penalty=penalty)
+        systems = systems_of(recurrences, new_drive, matrix)
+        fits = [
+            _fit_group(system, start, system.gram.sum(0).double().cpu(), group_omega, steps, penalty)
+            for system, start, group_omega in zip(systems, matrix, omega, strict=True)
+        ]
+        relative_error = _relative_error(systems, fits)
+        if not relative_error < readout.relative_error:
+            break
+        drive = new_drive
+        readout = Readout(
+            matrix=torch.stack([fit.matrix for fit in fits]).float(),
+            relative_error=relative_error,
+            method="alternating least squares",
+            drive=drive.float(),
+        )
+    return readout
+
+
+def _relative_error(systems: list[TokenSystem], fits: list[_Fit]) -> float:
     energy = sum(system.energy.sum() for system in systems)
     error = sum(fit.error.clamp_min(0) for fit in fits)
+    return float((error / energy.clamp_min(torch.finfo(energy.dtype).tiny)).sqrt())
+
+
+def _result(mixer: Mixer, systems: list[TokenSystem], fits: list[_Fit]) -> Readout:
     matrices, scales = [fit.matrix for fit in fits], {}
     if systems[0].norm is not None:
         norm, layout = systems[0].norm, mixer.layout
@@ -195,7 +252,7 @@ def _result(mixer: Mixer, systems: list[TokenSystem], fits: list[_Fit], kept: to
     methods = {fit.method for fit in fits}
     return Readout(
         matrix=torch.stack(matrices).float(),
-        relative_error=float((error / energy.clamp_min(torch.finfo(energy.dtype).tiny)).sqrt()),
+        relative_error=_relative_error(systems, fits),
         method="conjugate gradients" if "conjugate gradients" in methods else methods.pop(),
         scales=scales,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -77,7 +78,11 @@ class CompressionReport:
 
     @property
     def state_size_after(self) -> int:
-        return max(layer.state_size_after for layer in self.layers)
+        """The largest of any layer; of projected ones, which share their states out, the average, rounded up."""
+        sizes = [layer.state_size_after for layer in self.layers]
+        if any(layer.realization == "projected" for layer in self.layers):
+            return math.ceil(sum(sizes) / len(sizes))
+        return max(sizes)
 
     @property
     def relative_error(self) -> float:

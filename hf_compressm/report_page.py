@@ -28,7 +28,7 @@ from .plots import (
     figure_svg,
     save_figure,
 )
-from .record import LABELS, RECORD_FILE, Record
+from .record import LABELS, RECALL, RECORD_FILE, Record
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -238,7 +238,9 @@ def _key_numbers(record: Record) -> list[dict[str, str]]:
 
 
 def _evaluations(evaluations: Mapping[str, Mapping[str, Any]]) -> Table | None:
-    metrics = list(dict.fromkeys(name for values in evaluations.values() for name in values))
+    names = dict.fromkeys(name for values in evaluations.values() for name in values)
+    # Recall over distances has a table of its own, in the card.
+    metrics = [name for name in names if not RECALL.fullmatch(name)]
     if not metrics:
         return None
     rows = [

@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 from .distributed.processes import ALONE, NonFiniteError, Processes
 from .distributed.wrappers import is_sharded, runner, unwrap, whole_module
 from .mixers import Mixer, check_mixer, find_mixers, stream_states
+from .mixers.streamed_forward import streamed_forward
 from .replay import evaluation_mode, replay
 
-# Elements of the per-token Gram matrices that are alive at once: 16 MiB in float32.
-GRAM_ELEMENTS = 2**22
+# Elements of the per-token Gram matrices that are alive at once: 4 MiB in float32; see mixers.scan.CHUNK_ELEMENTS.
+GRAM_ELEMENTS = 2**20
 
 
 __all__ = ["NonFiniteError", "StateStatistics", "measure"]
@@ -29,6 +30,8 @@ MixerInput = tuple[torch.Tensor, torch.Tensor | None]
 @dataclass
 class StateStatistics:
     """The sums of one layer, over the calibration tokens t and channels d; h, B, C, Δ, w as in `ScanInputs`.
+
+    Of a wide layer, the channels are those of `ScanInputs.sampled`.
 
     Attributes:
         tokens: the number of real (not padding) tokens, shape ().
@@ -89,7 +92,7 @@ class StateStatistics:
     def empty(cls, mixer: Mixer) -> StateStatistics:
         """Sums over no token yet, for a mixer."""
         groups, size = mixer.groups, mixer.state_size
-        decay = mixer.decay_rates()
+        decay = _sampled_decay_rates(mixer)
         B_norm, C_norm = mixer.parameter_norms()
         zeros = decay.new_zeros
         return cls(
@@ -111,7 +114,7 @@ class StateStatistics:
         """Add the tokens of one input of the mixer, shape (batch, length, hidden), and keep the input on the host."""
         device = self.state_gram.device
         with torch.autocast(device.type, enabled=False):
-            inputs = mixer.scan_inputs(hidden_states.detach().to(device), attention_mask)
+            inputs = mixer.scan_inputs(hidden_states.detach().to(device), attention_mask).sampled()
             mask = inputs.mask
             B, C = inputs.B * mask[..., None, None], inputs.C * mask[..., None, None]
             self.tokens += mask.sum()
@@ -141,6 +144,14 @@ class StateStatistics:
             gram = part.transpose(-1, -2) @ part
             self.state_gram += gram.sum(0)
             self.contribution_gram += gram.mul_(readout[..., :, None]).mul_(readout[..., None, :]).sum(0)
+
+
+def _sampled_decay_rates(mixer: Mixer) -> torch.Tensor:
+    """A of the channels that sums are made over, shape (groups, channels, N or 1)."""
+    # Which those are depends on a norm behind the scan, too, so it is asked of the inputs that one token would have.
+    weight = mixer.parts.in_proj.weight
+    token = weight.new_zeros(1, 1, weight.shape[1], dtype=torch.float32)
+    return mixer.scan_inputs(token, None).sampled().A
 
 
 def measure(
@@ -185,7 +196,8 @@ def measure(
         batches = _in_step(list(batches), processes)
     progress = tqdm(batches, desc="measuring states", disable=not (show_progress and processes.is_main))
     # In a sharded model, a process that fails leaves the others waiting in a forward pass, until torch's time-out.
-    with processes.all_or_none("running the model"), evaluation_mode(bare):
+    forward = contextlib.nullcontext() if sharded else streamed_forward(mixers)
+    with processes.all_or_none("running the model"), evaluation_mode(bare), forward:
         for batch in progress:
             counts = not isinstance(batch, _Again)
             with _recording(mixers, inputs) if counts else contextlib.nullcontext():

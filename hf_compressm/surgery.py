@@ -215,17 +215,21 @@ def _validate_layer(name: str, layer: LayerPlan, mixer: Mixer) -> None:
             f"layer {name}: the plan scales {layer.scales}; expected a positive number, or one for each of the "
             f"{kept.shape[1]} states that stay, for each of {sorted(roles)}"
         )
-    if layer.readout is None:
-        return
-    if not mixer.layout.CAN_REFIT:
-        raise ValueError(f"layer {name}: the plan refits the readout, which {mixer.layout.NAME} mixers do not allow")
-    expected = (mixer.groups, kept.shape[1], before)
-    if tuple(layer.readout.shape) != expected:
-        raise ValueError(
-            f"layer {name}: the readout matrix has shape {tuple(layer.readout.shape)}; expected {expected}"
-        )
-    if not torch.isfinite(layer.readout).all():
-        raise ValueError(f"layer {name}: the readout matrix holds NaN or infinity")
+    for label, matrix, allowed in (
+        ("readout", layer.readout, mixer.layout.CAN_REFIT),
+        ("drive", layer.drive, mixer.layout.CAN_REFIT and not mixer.is_normalized),
+    ):
+        if matrix is None:
+            continue
+        if not allowed:
+            raise ValueError(
+                f"layer {name}: the plan refits the {label}, which {mixer.layout.NAME} mixers do not allow"
+            )
+        expected = (mixer.groups, kept.shape[1], before)
+        if tuple(matrix.shape) != expected:
+            raise ValueError(f"layer {name}: the {label} matrix has shape {tuple(matrix.shape)}; expected {expected}")
+        if not torch.isfinite(matrix).all():
+            raise ValueError(f"layer {name}: the {label} matrix holds NaN or infinity")
 
 
 def _validate_projection(name: str, layer: LayerPlan, mixer: Mixer) -> None:
@@ -311,8 +315,8 @@ def _prepare(
     replacements = []
     for axis in mixer.axes:
         old, label = axis.tensor, f"{name}: {axis.parameter} of {type(axis.module).__name__}"
-        if layer.readout is not None and isinstance(axis, MagnitudeAxis) and "C" in axis.roles:
-            axis = axis.remembering(layer.readout, layer.state_size_before)
+        if isinstance(axis, MagnitudeAxis):
+            axis = axis.remembering(layer.mixtures, layer.state_size_before)
         index = axis.index(layer.kept, layer.state_size_before)
         factors = axis.factors(layer.scales, layer.state_size_after)
         values = smaller_values(axis, layer, fsdp2.full_tensor(old.detach()), rounding)
@@ -359,7 +363,7 @@ class Rounding:
 def smaller_values(
     axis: StateAxis, layer: LayerPlan, values: torch.Tensor, rounding: Rounding | None = None
 ) -> torch.Tensor:
-    """What a selection of states leaves of one parameter: the kept states' entries, C's rows refitted, and scaled.
+    """What a selection of states leaves of one parameter: the kept states' entries, B and C refitted, and scaled.
 
     Args:
         axis: the parameter, and where its states are.
@@ -370,14 +374,14 @@ def smaller_values(
     size = layer.state_size_after
     smaller = axis.take(values, layer.kept, layer.state_size_before)
     factors = axis.factors(layer.scales, size)
-    refitted = layer.readout is not None and "C" in axis.roles
-    if factors is None and not refitted:
+    mixtures = layer.mixtures
+    if factors is None and not any(role in mixtures for role in axis.roles):
         return smaller
     exact = smaller.double()
-    for number, role in enumerate(axis.roles if refitted else ()):
-        if role != "C":
+    for number, role in enumerate(axis.roles):
+        if role not in mixtures:
             continue
-        new = axis.read_out(values, layer.readout, layer.kept, number, layer.state_size_before)
+        new = axis.mixed(values, mixtures[role], layer.kept, number, layer.state_size_before)
         exact.narrow(axis.dim, axis.block(number, size).start, size).copy_(new)
     exact = scaled(exact, axis.dim, factors)
     rounded = exact.to(smaller.dtype)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .drive import KeptRecurrence, kept_recurrences, selection
 from .mixers import Mixer, ScanInputs, stream_states
 from .mixers.mamba1_normalized import balance, has_weights, raw_readout, root_mean_square, row_scale
 from .statistics import StateStatistics
@@ -105,54 +106,58 @@ def token_systems(
     Returns:
         One for each group.
     """
+    if not mixer.is_normalized:
+        return systems_of(kept_recurrences(mixer, statistics, kept), selection(kept, statistics.state_size), start)
     device = statistics.state_gram.device
     kept, start = kept.to(device), start.to(device, torch.float32)
     balances = _balances(mixer, statistics, kept, start)
-    parts: list[list[list[torch.Tensor]]] = [[] for _ in kept]
-    norm = None
+    parts: list[list[torch.Tensor]] = []
     for inputs in _recomputed(mixer, statistics):
         norm = inputs.normalization
-        extended = inputs if norm is None else _with_kept_states(inputs, kept[0], balances)
+        extended = _with_kept_states(inputs, kept[0], balances)
         for first, states in stream_states(extended):
-            for group, part in enumerate(_parts(inputs, first, states, kept, start)):
-                parts[group].append([tensor.flatten(0, 1) for tensor in part])
+            time = slice(first, first + len(states))
+            C, size = inputs.C[:, time].transpose(0, 1), statistics.state_size
+            y = (states[..., :size] @ C[..., None]).squeeze(-1)
+            fields = _fields(
+                states[:, :, 0, :, size:], C[:, :, 0], y[:, :, 0], inputs.weight(y, first)[:, :, 0], start[0]
+            )
+            parts.append([tensor.flatten(0, 1) for tensor in (*fields, norm.c[:, time, 0].transpose(0, 1))])
         # The last chunk of states would stay alive while the parts are joined.
-        del inputs, extended, states, part
-    systems = []
-    for columns in parts:
-        gram, p, C, error, energy, v, *raw = (torch.cat(column) for column in zip(*columns, strict=True))
-        own_norm = None
-        if norm is not None:
-            root = root_mean_square(raw[0], norm.epsilon)[:, 0]
-            own_norm = ReadoutNorm(kept[0].cpu(), norm.C_weight, raw[0], root, norm.epsilon, *balances)
-        systems.append(TokenSystem(gram, p, C, error, energy, v, own_norm))
-    return systems
+        del inputs, extended, states, y, fields
+    *fields, raw = (torch.cat(column) for column in zip(*parts, strict=True))
+    root = root_mean_square(raw, norm.epsilon)[:, 0]
+    return [TokenSystem(*fields, ReadoutNorm(kept[0].cpu(), norm.C_weight, raw, root, norm.epsilon, *balances))]
 
 
-def _parts(
-    inputs: ScanInputs, first: int, states: torch.Tensor, kept: torch.Tensor, start: torch.Tensor
-) -> Iterator[list[torch.Tensor]]:
-    """The fields of each group's system over one chunk of states, each of shape (steps, batch, ...)."""
-    time, size, norm = slice(first, first + states.shape[0]), inputs.C.shape[-1], inputs.normalization
-    C = inputs.C[:, time].transpose(0, 1)
-    y = (states[..., :size] @ C[..., None]).squeeze(-1)
-    weight = inputs.weight(y, first)
-    for group in range(len(kept)):
-        own, w = states[:, :, group], weight[:, :, group]
-        h = own.index_select(-1, kept[group]) if norm is None else own[..., size:]
-        v = C[:, :, group] @ start[group].T
-        e = y[:, :, group] - (h @ v[..., None]).squeeze(-1)
-        wh = (h * w[..., None]).transpose(-1, -2)
-        part = [wh @ h, (wh @ e[..., None]).squeeze(-1), C[:, :, group], (w * e.square()).sum(-1)]
-        part += [(w * y[:, :, group].square()).sum(-1), v]
-        yield part if norm is None else [*part, norm.c[:, time, group].transpose(0, 1)]
+def systems_of(recurrences: list[KeptRecurrence], drive: torch.Tensor, start: torch.Tensor) -> list[TokenSystem]:
+    """What a fit of the readouts needs of kept states that are fed by `drive`; arguments as in `drive.fit_drive`."""
+    start = start.to(recurrences[0].y)
+    parts: list[list[list[torch.Tensor]]] = [[] for _ in start]
+    for run in recurrences:
+        for time, states in run.states(drive):
+            for group, part in enumerate(parts):
+                own = (states[:, :, group], *(field[time, :, group] for field in (run.C, run.y, run.weight)))
+                part.append([tensor.flatten(0, 1) for tensor in _fields(*own, start[group])])
+    return [TokenSystem(*(torch.cat(column) for column in zip(*part, strict=True))) for part in parts]
+
+
+def _fields(
+    h: torch.Tensor, C: torch.Tensor, y: torch.Tensor, w: torch.Tensor, start: torch.Tensor
+) -> list[torch.Tensor]:
+    """The fields of one group's system over one chunk of its kept states h, each of shape (steps, batch, ...)."""
+    v = C @ start.T
+    e = y - (h @ v[..., None]).squeeze(-1)
+    wh = (h * w[..., None]).transpose(-1, -2)
+    p = (wh @ e[..., None]).squeeze(-1)
+    return [wh @ h, p, C, (w * e.square()).sum(-1), (w * y.square()).sum(-1), v]
 
 
 def _recomputed(mixer: Mixer, statistics: StateStatistics) -> Iterator[ScanInputs]:
     device = statistics.state_gram.device
     for hidden_states, mask in statistics.inputs:
         with torch.autocast(device.type, enabled=False):
-            yield mixer.scan_inputs(hidden_states.to(device), mask)
+            yield mixer.scan_inputs(hidden_states.to(device), mask).sampled()
 
 
 Balances = tuple[torch.Tensor, torch.Tensor]

@@ -20,12 +20,15 @@ import evaluate
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import set_seed
+from recall import BEFORE, END, is_about_to_cut, note_recall, note_recall_after_cut, rereading, table
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, MambaConfig, get_cosine_schedule_with_warmup
 
 from hf_compressm import CompreSSMConfig, Compressor, read_record
+from hf_compressm.cards import write_card
 from hf_compressm.metrics import metric_path
+from hf_compressm.provenance import record_of, save_provenance
 
 
 def load_blocks(files: list[Path], block_size: int) -> torch.Tensor:
@@ -89,6 +92,9 @@ def main() -> None:
     if args.resume:
         accelerator.load_state(args.resume)
 
+    passages = rereading(held_out, args.block_size)
+    # A run that stopped at the cut did not see the smaller model.
+    note_recall_after_cut(compressor, passages)
     model.train()
     is_main, accumulation, goes_on = accelerator.is_main_process, accelerator.gradient_accumulation_steps, None
     progress = tqdm(total=args.steps, initial=compressor.global_step, disable=not is_main, delay=1)
@@ -106,7 +112,10 @@ def main() -> None:
                 optimizer.zero_grad()
             if not accelerator.sync_gradients:
                 continue
+            if is_about_to_cut(compressor, compressor.global_step + 1):
+                note_recall(model, passages, BEFORE)
             report, step = compressor.step(), compressor.global_step
+            note_recall_after_cut(compressor, passages)
             metrics = {"loss": accelerator.reduce(loss.detach(), "mean").item(), "lr": scheduler.get_last_lr()[0]}
             if report is not None:
                 metrics |= report.metrics()
@@ -129,6 +138,13 @@ def main() -> None:
         accelerator.print(
             f"held-out loss {measured['loss']:.4f} nats per byte, next-byte accuracy {measured['accuracy']:.2%}"
         )
+        note_recall(model, passages, END)
+        record, last = record_of(compressor.model), args.output_dir / f"step_{compressor.global_step}"
+        if is_main and record.made_cuts and last.exists():
+            record.run["evaluated_on"] = f"{measured.pop('tokens'):,} held-out bytes, in blocks of {args.block_size}"
+            record.evaluations[END] = measured | record.evaluations.get(END, {})
+            save_provenance(compressor.model, last, compressor.optimizer_parameters)
+            print(f"\n{table(record)}\n\n{write_card(last)} is the model's card")
     accelerator.print(f"checkpoints are in {args.output_dir}")
     accelerator.wait_for_everyone()
     accelerator.end_training()

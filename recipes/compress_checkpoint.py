@@ -39,6 +39,8 @@ import pretrain_lm
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
 from pretrain_lm import build_config, count_or_fraction, load_texts, pack
+from recall import measure_recall, rereading
+from recall import table as recall_table
 from transformers import (
     AutoModelForCausalLM,
     HfArgumentParser,
@@ -114,7 +116,7 @@ class CutArguments:
         metadata={"help": "Instead: the fewest states whose measured relative output error is at most this (0.05)."},
     )
     realization: Literal["stock", "projected", "auto"] = field(
-        default="stock", metadata={"help": "What the smaller model is; projected is for Mamba-2, and nearly lossless."}
+        default="auto", metadata={"help": "What the smaller model is; projected is for Mamba-2, and nearly lossless."}
     )
     cut_options: str = field(
         default="{}", metadata={"help": "More fields of CompreSSMConfig, as JSON: '{\"multiple_of\": 8}'."}
@@ -391,23 +393,28 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         )
     uncut = copy.deepcopy(model).requires_grad_(False).eval()
     batch_size = training_args.per_device_eval_batch_size
+    passages = rereading(held_out, data_args.block_size)
     columns = {"uncut": assess(model, uncut, held_out, batch_size)}
+    recalled = {"uncut": measure_recall(model, passages)}
     statistics = measure(model, calibration.split(batch_size), show_progress=True)
     report = compress_(model, plan_compression(model, statistics, config))
     del statistics
     if not report.changed:
         raise ValueError(f"nothing was cut: the rule keeps more than {config.max_kept_fraction:.0%} of the states")
     columns["cut"] = assess(model, uncut, held_out, batch_size)
+    recalled["cut"] = measure_recall(model, passages)
     report.loss_before, report.loss_after = columns["uncut"]["loss"], columns["cut"]["loss"]
     report.kl_divergence = columns["cut"]["kl_divergence"]
     print(f"\n{report}\n")
     if cut_args.heal != "none":
         model = heal(model, uncut, blocks["train"], cut_args, training_args)
         columns["healed"] = assess(model, uncut, held_out, batch_size)
+        recalled["healed"] = measure_recall(model, passages)
 
     record = record_of(model)
     record.cuts[-1] |= report.to_dict()
-    record.evaluations, record.machine = dict(columns), describe_machine()
+    record.evaluations = {stage: column | recalled[stage] for stage, column in columns.items()}
+    record.machine = describe_machine()
     text = data_args.dataset or "text files"
     record.run = {
         "base_model": source,
@@ -417,6 +424,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         "command": command(training_args, model_args, cut_args, data_args),
         "evaluated_on": f"{held_out.numel():,} held-out tokens of {text}, which the cut and the healing did not see",
         "healing": healing(cut_args, training_args),
+        "recall": passages.description,
+        "recall_length": passages.length,
     }
     if cut_args.quantize == "int8":
         record.run["description"] = "`int8/` holds a copy with 8-bit weights, which needs torchao."
@@ -427,7 +436,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
         tokenizer.save_pretrained(output / "int8")
     write_card(output)
     write_report_page(output)
-    print(f"\n{table(columns)}\n\n{output}/ holds the model, its tokenizer, its card (README.md) and report.html")
+    print(f"\n{table(columns)}\n\n{recall_table(record)}\n")
+    print(f"{output}/ holds the model, its tokenizer, its card (README.md) and report.html")
     if push:
         name, token = training_args.hub_model_id or output.name, training_args.hub_token
         print(push_compressed(output, name, token=token, private=training_args.hub_private_repo))

@@ -9,15 +9,17 @@ model, or of --reference. Without --train_files or --dataset, it is source code 
     python recipes/evaluate_model.py --models my/model runs/compressed --train_files 'texts/*.txt' --json results.json
     python recipes/evaluate_model.py --models my/model runs/compressed --recall
 
---recall adds what a smaller state costs first: associative recall. Each sequence lists pairs of tokens, a key and a
-value, and then names the keys again: of how many does the model know the value? One that never learnt to recall knows
-none, cut or not.
+--recall adds what a smaller state costs first. A passage of the text is read, other text follows, up to four times
+--block_size, and the passage is read again: by how much is it predicted better for having been read? And associative
+recall: each sequence lists pairs of tokens, a key and a value, and then names the keys again: of how many does the
+model know the value? One that never learnt to recall knows none, cut or not.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import textwrap
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from typing import Any
 import evaluate
 import torch
 from compress_checkpoint import BYTES, DataArguments, load_blocks, load_tokenizer
+from recall import Rereading, measure_recall, rereading
 from transformers import AutoModelForCausalLM, HfArgumentParser, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_compressm import load_compressed_peft
@@ -76,7 +79,7 @@ class EvaluationArguments:
     dtype: str = field(default="auto", metadata={"help": "Type of the weights; auto: as saved."})
     batch_size: int = field(default=8, metadata={"help": "Sequences that run together."})
     seed: int = field(default=42, metadata={"help": "Of the choice of held-out texts, and of the recall task."})
-    recall: bool = field(default=False, metadata={"help": "Also ask for associative recall."})
+    recall: bool = field(default=False, metadata={"help": "Also measure recall."})
     recall_pairs: int = field(default=8, metadata={"help": "Pairs of a key and a value in each sequence."})
     recall_sequences: int = field(default=200, metadata={"help": "Sequences of the recall task."})
     json: str | None = field(default=None, metadata={"help": "Write the results to this file, too."})
@@ -156,6 +159,20 @@ def table(results: list[dict[str, Any]]) -> str:
     return aligned(rows)
 
 
+def reread_table(results: list[dict[str, Any]], passages: Rereading) -> str:
+    """Gain by an earlier reading, and accuracy of the later one: a line for each model, a column for each distance."""
+    rows = [["model", *(f"{distance:,} tokens" for distance in passages.read)]]
+    for result in results:
+        cells = []
+        for distance in passages.read:
+            gain, error, accuracy = (
+                result[f"recall_{name}_after_{distance}"] for name in ("gain", "gain_error", "accuracy")
+            )
+            cells.append(f"{gain:.3f} ± {error:.3f} ({accuracy:.1%})")
+        rows.append([result["name"], *cells])
+    return aligned(rows)
+
+
 def aligned(rows: list[list[str]]) -> str:
     """Lines of cells in columns: names on the left, numbers on the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -181,6 +198,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
         find_model(base_of(name))
     tokenizer = common_tokenizer(names, args.tokenizer)
     held_out = load_blocks(data, tokenizer, args.seed)["test"][: data.eval_blocks]["input_ids"]
+    passages = rereading(held_out, data.block_size)
     special = set(tokenizer.all_special_ids)
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -201,7 +219,7 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             recalled = evaluate.load(metric_path("recall_accuracy")).compute(
                 predictions=ids, references=labels, **given
             )
-            result |= {f"recall_{key}": value for key, value in recalled.items()}
+            result |= {f"recall_{key}": value for key, value in recalled.items()} | measure_recall(model, passages)
         results.append(result)
 
     print(f"\n{table(results)}\n")
@@ -215,6 +233,10 @@ def main(arguments: list[str] | None = None) -> list[dict[str, Any]]:
             f"Recall of {args.recall_pairs} pairs: share of the values that are right (by chance "
             f"{2 / len(vocabulary):.2%}), and of the sequences with all right."
         )
+        print(
+            f"\n{reread_table(results, passages)}\n" if passages.read else "\nThere is too little text to read again."
+        )
+        print(textwrap.fill(f"{passages.description} ± is half of a 95 % interval.", 110))
     if args.json is not None:
         summary = {"data": data.dataset or data.train_files, "reference": reference_name, "models": results}
         write_file(Path(args.json), json.dumps(summary, indent=1) + "\n")

@@ -21,6 +21,7 @@ from pathlib import Path
 import evaluate
 import torch
 from peft import LoraConfig, get_peft_model
+from recall import RecallCallback, rereading, table
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -35,6 +36,7 @@ from transformers import (
 from hf_compressm import CompreSSMCallback, CompreSSMConfig, load_compressed_peft
 from hf_compressm.cards import write_card
 from hf_compressm.metrics import metric_path
+from hf_compressm.provenance import record_of
 
 STANDARD_LIBRARY = glob.escape(sysconfig.get_path("stdlib"))
 TRAINING_DEFAULTS = {
@@ -121,11 +123,13 @@ def main(arguments: list[str] | None = None) -> Trainer:
     held_out = torch.stack([block["input_ids"] for block in blocks[::10]])
 
     lora = LoraConfig(r=recipe.rank, target_modules=recipe.targets, use_dora=recipe.dora, task_type="CAUSAL_LM")
+    cutter = CompreSSMCallback(CompreSSMConfig(state_size=recipe.target_state_size, schedule=[recipe.cut_at]))
+    recall = RecallCallback(cutter, rereading(held_out, recipe.block_size))
     trainer = Trainer(
         model=get_peft_model(AutoModelForCausalLM.from_pretrained(base), lora),
         args=training,
         train_dataset=[block for number, block in enumerate(blocks) if number % 10],
-        callbacks=[CompreSSMCallback(CompreSSMConfig(state_size=recipe.target_state_size, schedule=[recipe.cut_at]))],
+        callbacks=[recall, cutter],
     )
     perplexity = evaluate.load(metric_path("perplexity"))
     before = perplexity.compute(predictions=held_out, model=trainer.model)
@@ -133,6 +137,8 @@ def main(arguments: list[str] | None = None) -> Trainer:
     trainer.train()
     after = perplexity.compute(predictions=held_out, model=trainer.model)
     print(f"held-out loss with adapters and a smaller state: {after['loss']:.4f} nats per byte")
+
+    print(f"\n{table(record_of(trainer.model))}\n")
 
     # The adapter alone is saved, with the plan of the cut.
     trainer.save_model(str(output / "adapter"))

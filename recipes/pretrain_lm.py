@@ -45,6 +45,7 @@ import evaluate
 import torch
 import transformers
 from datasets import Dataset, DatasetDict, load_dataset
+from recall import END, RecallCallback, rereading, table
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -63,11 +64,16 @@ from transformers import (
 from transformers.trainer_pt_utils import get_model_param_count
 
 from hf_compressm import CompreSSMCallback, CompreSSMConfig
+from hf_compressm.cards import write_card
+from hf_compressm.distributed.wrappers import unwrap
 from hf_compressm.metrics import metric_path
+from hf_compressm.provenance import record_of, save_provenance
 from hf_compressm.texts import byte_tokenizer
 
 logger = logging.getLogger("pretrain_lm")
 
+# Held-out text that passages are chosen from, at most.
+RECALL_BLOCKS = 200
 STANDARD_LIBRARY = f"{glob.escape(sysconfig.get_path('stdlib'))}/*.py"
 TRAINING_DEFAULTS = {
     "output_dir": "runs/pretrain_lm",
@@ -115,7 +121,7 @@ class CutArguments:
     )
     criterion: str = field(default="auto", metadata={"help": "How states are ranked: see hf_compressm.criteria."})
     realization: Literal["stock", "projected", "auto"] = field(
-        default="stock", metadata={"help": "What the smaller model is; projected is for mamba2, and nearly lossless."}
+        default="auto", metadata={"help": "What the smaller model is; projected is for mamba2, and nearly lossless."}
     )
     cut_options: str = field(
         default="{}", metadata={"help": "More fields of CompreSSMConfig, as JSON: '{\"multiple_of\": 8}'."}
@@ -284,6 +290,18 @@ def summary(trainer: Trainer, timer: StepTimer, history: list[dict[str, Any]], m
     return "\n".join(lines)
 
 
+def describe_run(trainer: Trainer, held_out: dict[str, float], data: DataArguments) -> None:
+    """Write the card of a model that was cut, and print what it recalls."""
+    model = unwrap(trainer.model)[0]
+    record = record_of(model)
+    if not record.made_cuts:
+        return
+    record.run["evaluated_on"] = f"{held_out.pop('tokens'):,} held-out tokens, in blocks of {data.block_size}"
+    record.evaluations[END] = held_out | record.evaluations.get(END, {})
+    save_provenance(model, trainer.args.output_dir)
+    print(f"\n{table(record)}\n\n{write_card(trainer.args.output_dir)} is its card")
+
+
 def main(arguments: list[str] | None = None) -> Trainer:
     parser = HfArgumentParser((ModelArguments, CutArguments, DataArguments, TrainingArguments))
     parser.set_defaults(**TRAINING_DEFAULTS)
@@ -316,6 +334,7 @@ def main(arguments: list[str] | None = None) -> Trainer:
     # A checkpoint's own config has its state size. Where weights are sharded, the model must have it before they are.
     config = AutoConfig.from_pretrained(checkpoint) if checkpoint else build_config(model_args, tokenizer)
     timer = StepTimer()
+    recall = RecallCallback(callback, rereading(blocks["test"][:RECALL_BLOCKS]["input_ids"], data_args.block_size))
     trainer = Trainer(
         model=AutoModelForCausalLM.from_config(config),
         args=training_args,
@@ -323,7 +342,7 @@ def main(arguments: list[str] | None = None) -> Trainer:
         eval_dataset=blocks["test"],
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        callbacks=[timer, callback] if cut_args.cut else [timer],
+        callbacks=[timer, recall, callback] if cut_args.cut else [timer],
     )
     logger.info(
         f"{model_args.architecture} with {get_model_param_count(trainer.model):,} parameters, {len(tokenizer):,} "
@@ -352,6 +371,7 @@ def main(arguments: list[str] | None = None) -> Trainer:
     trainer.save_metrics("eval", metrics)
     if is_main:
         print(f"\n{summary(trainer, timer, callback.history, metrics)}\n{training_args.output_dir}/ holds the model")
+        describe_run(trainer, held_out, data_args)
     return trainer
 
 

@@ -25,7 +25,7 @@ class NaiveRun:
     Attributes:
         h: states, [b, t, d, n].
         B, C: [b, t, g, n].
-        delta, weight, y: Δ, the error's weight and the scan's output without the skip, [b, t, d].
+        x, delta, weight, y: the scan's input, Δ, the error's weight and the scan's output without the skip, [b, t, d].
         output: what the mixer returns, [b, t, hidden].
         mask: [b, t].
         group: the group of each channel, [d].
@@ -34,6 +34,7 @@ class NaiveRun:
     h: np.ndarray
     B: np.ndarray
     C: np.ndarray
+    x: np.ndarray
     delta: np.ndarray
     weight: np.ndarray
     y: np.ndarray
@@ -71,6 +72,7 @@ def run_mixer(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: tor
         h=np.zeros((*shape, size)),
         B=np.zeros((batch, length, groups, size)),
         C=np.zeros((batch, length, groups, size)),
+        x=np.zeros(shape),
         delta=np.zeros(shape),
         weight=np.zeros(shape),
         y=np.zeros(shape),
@@ -87,7 +89,7 @@ def run_mixer(mixer: nn.Module, hidden_states: torch.Tensor, attention_mask: tor
             convolved = np.array(
                 [silu(convolution(P, projected, t, first, c)) * mask[b, t] for c in range(channels)],
             )
-            x = convolved[:inner]
+            x = run.x[b, t] = convolved[:inner]
             if second:
                 z = projected[t][:inner]
                 both = convolved[inner:].reshape(2, groups, features)

@@ -120,6 +120,65 @@ def test_everything_that_is_known(tmp_path):
         assert line in card.text, line
 
 
+def gains(*values: tuple[float, float]) -> dict[str, float]:
+    """Recall over 64 and 128 tokens: gain and error of each."""
+    names = ("gain", "gain_error", "accuracy")
+    pairs = zip((64, 128), values, strict=True)
+    return {
+        f"recall_{name}_after_{d}": value
+        for d, pair in pairs
+        for name, value in zip(names, (*pair, 0.25), strict=True)
+    }
+
+
+READINGS = {
+    "it is lost, then half won back": (
+        [((1.0, 0.1), (0.5, 0.1)), ((0.9, 0.1), (0.0, 0.1)), ((0.5, 0.1), (0.6, 0.1))],
+        "Recall stands out of the noise uncut over 64 and 128 tokens; cut over 64 tokens; healed over 64 and 128 "
+        'tokens. From "uncut" to "cut" it fell over 128 tokens. From "uncut" to "healed" it fell over 64 tokens.',
+    ),
+    "it is learnt later": (
+        [((0.1, 0.2), (0.0, 0.2)), ((0.1, 0.2), (0.0, 0.2)), ((1.0, 0.2), (0.1, 0.2))],
+        "Recall stands out of the noise uncut over none; cut over none; healed over 64 tokens. "
+        'From "uncut" to "cut" it changed no more than the noise over any distance. From "uncut" to "healed" it rose '
+        "over 64 tokens.",
+    ),
+    "it is sure, and next to nothing": (
+        [((0.009, 0.001), (0.0, 0.0)), ((0.002, 0.001), (0.0, 0.0)), ((0.009, 0.001), (0.0, 0.0))],
+        "No value stands out of the noise: the model recalls nothing over these distances",
+    ),
+}
+
+
+@pytest.mark.parametrize(("values", "reading"), READINGS.values(), ids=READINGS.keys())
+def test_recall_over_distances(tmp_path, values, reading):
+    directory = saved(tmp_path / "model")
+    stages = ("uncut", "cut", "healed")
+    add(
+        directory,
+        evaluations={stage: {"loss": 2.5} | gains(*pair) for stage, pair in zip(stages, values, strict=True)},
+        run={"recall": "A passage is read again.", "recall_length": 128},
+    )
+    card = ModelCard.load(write_card(directory))
+    assert (
+        "## Recall beyond the training length\n\nA passage is read again.\n\n| distance | uncut | cut | healed |"
+        in card.text
+    )
+    cells = " | ".join(f"{gain:.3f} ± {error:.3f} (25.0%)" for _, (gain, error) in values)
+    assert f"| 128 tokens (1 ×) | {cells} |" in card.text and "| 64 tokens (½ ×) |" in card.text
+    assert reading in card.text and "not measured" not in card.text and "recall_gain" not in card.text
+    assert [result.metric_type for result in card.data.eval_results] == ["loss"]
+
+
+def test_recall_as_accuracy(tmp_path):
+    directory = saved(tmp_path / "model")
+    answers = {"recall_chance": 0.1, "recall_accuracy_after_32": 0.3, "recall_accuracy_error_after_32": 0.15}
+    add(directory, evaluations={"before": answers, "after": answers | {"recall_accuracy_after_32": 0.2}})
+    card = write_card(directory).read_text()
+    assert "| 32 tokens | 30.0% ± 15.0 | 20.0% ± 15.0 |" in card and "before over 32 tokens; after over none." in card
+    assert "## What that cost" not in card
+
+
 def test_several_cuts_of_many_layers(tmp_path):
     model = lively(TINY["mamba"].build(num_hidden_layers=9))
     for size in (6, 3):

@@ -563,9 +563,10 @@ MAMBA2 = TINY["mamba2"]
 
 
 def projected(size: int | list[int] = 3, seed: int = 0, **options) -> nn.Module:
-    """A model after a projected cut."""
+    """A model after a projected cut; with one size for both layers, unless it is a list."""
     model = lively(MAMBA2.build(seed, **options))
-    compress(model, [tokens(8, 24)], CompreSSMConfig(state_size=size, realization="projected"))
+    sizes = size if isinstance(size, list) else [size] * len(find_mixers(model))
+    compress(model, [tokens(8, 24)], CompreSSMConfig(state_size=sizes, realization="projected"))
     return model
 
 

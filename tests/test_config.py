@@ -66,11 +66,12 @@ def test_bad_lists_of_state_sizes(sizes):
     ("options", "rule"),
     [({"state_size": [4, 8]}, "a list of state sizes"), ({"state_bytes": 4096}, "state_bytes")],
 )
-def test_sizes_of_their_own_need_a_projection(options, rule):
+def test_sizes_of_their_own_are_no_stock_models(options, rule):
+    assert CompreSSMConfig(**options).realization == "auto"
     with pytest.raises(
         ValueError, match=rf"^{rule} gives each layer a state size of its own, .*set realization='projected'"
     ):
-        CompreSSMConfig(**options)
+        CompreSSMConfig(realization="stock", **options)
 
 
 @pytest.mark.parametrize("multiple", [2, 16, "kernel"])
@@ -80,6 +81,7 @@ def test_a_list_of_state_sizes_is_not_rounded(multiple):
 
 
 def test_realizations():
+    assert CompreSSMConfig(state_size=4).realization == "auto"
     for name in ("stock", "projected", "auto"):
         assert CompreSSMConfig(state_size=4, realization=name).realization == name
     for name in ("project", None, True):
@@ -110,6 +112,7 @@ OUT_OF_RANGE = [
     ("seed", -1, "at least 0"),
     ("calibration_tokens", 0, "at least 1"),
     ("projection_rounds", -1, "at least 0"),
+    ("refit_rounds", -1, "at least 0"),
 ]
 
 
@@ -134,6 +137,7 @@ def test_tolerances_lie_between_0_and_1(rule, value):
         ("pragmatic_tolerance", True, "a number"),
         ("refit_steps", 2.0, "a whole number"),
         ("projection_rounds", 1.5, "a whole number"),
+        ("refit_rounds", 1.5, "a whole number"),
         ("multiple_of", 4.0, "a whole number"),
         ("multiple_of", True, "a whole number"),
         ("calibration_tokens", 4096.0, "a whole number"),
@@ -214,6 +218,7 @@ EXAMPLES = [
     CompreSSMConfig(tolerance=0.02, multiple_of=4, schedule=(10, 0.5), calibration_tokens=99),
     CompreSSMConfig(hankel_tolerance=0.1, criterion="hankel", refit=False, schedule="compressm", pragmatic=True),
     CompreSSMConfig(state_size=(4, 8), realization="projected", projection_rounds=0),
+    CompreSSMConfig(state_size=4, realization="stock", refit_rounds=0),
     CompreSSMConfig(state_bytes=4096, realization="auto", multiple_of="kernel"),
 ]
 

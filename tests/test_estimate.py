@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,18 +15,19 @@ from torch.distributed.fsdp import fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import FalconMambaConfig, GPT2Config, Mamba2Config, MambaConfig, NemotronHConfig
+from transformers import FalconMambaConfig, GPT2Config, Mamba2Config, MambaConfig, NemotronHConfig, PreTrainedConfig
 
 from hf_compressm import CompreSSMConfig, Compressor, StateStatistics, compress_, find_mixers, measure
 from hf_compressm.estimate import (
     BENCHMARKS,
     DTYPES,
     STRATEGIES,
-    estimate,
+    Estimate,
     fitted_times,
     kernel_size,
     token_system_bytes,
 )
+from hf_compressm.estimate import estimate as estimate_by_default
 from hf_compressm.mixers import ARCHITECTURES
 from hf_compressm.planning import plan_compression
 from hf_compressm.projection import _token_sums
@@ -33,6 +35,12 @@ from hf_compressm.refit import mean_field_readout
 from hf_compressm.replay import InputRecorder
 from hf_compressm.surgery import optimizer_bytes
 from hf_compressm.token_systems import token_systems
+
+
+def estimate(config: PreTrainedConfig, **options: Any) -> Estimate:
+    """Of a selection, unless told otherwise."""
+    return estimate_by_default(config, **({"realization": "stock"} | options))
+
 
 FAMILY = MAMBA1_FAMILY | MAMBA2_FAMILY
 # Nemotron-H 8B's layers: 24 mixers, 4 attentions, 24 MLPs.
@@ -486,9 +494,8 @@ def test_peak_of_tensors_alive_in_a_cut(name, size, kept, realization):
         for _ in range(4):
             statistics.update(mixer, torch.randn(32, 32, 64), None)
         plan_compression(model, {layer: statistics}, CompreSSMConfig(state_size=kept, realization=realization))
-    cut = estimate(
-        config, state_size=kept, realization=realization, tokens=4096, sequences=32, length=32, dtype="float32"
-    ).cut
+    options = {"tokens": 4096, "sequences": 32, "length": 32, "dtype": "float32", "device": "cpu"}
+    cut = estimate(config, state_size=kept, realization=realization, **options).cut
     assert live.peak == pytest.approx(cut.device_peak + cut.host["mixer inputs"], rel=0.25)
 
 
@@ -681,7 +688,7 @@ def test_peak_of_the_device_counts_what_is_there_at_once():
         (TINY["mamba"].config(), {"tokens": 0}, ValueError, "tokens must be at least 1"),
         (TINY["mamba"].config(), {"dtype": "int8"}, ValueError, "bfloat16, float16, float32, got 'int8'"),
         (TINY["mamba"].config(), {"optimizer": "adam"}, ValueError, "adamw, lion, sgd, got 'adam'"),
-        (TINY["mamba"].config(), {"realization": "auto"}, ValueError, "stock, projected, got 'auto'"),
+        (TINY["mamba"].config(), {"realization": "both"}, ValueError, "stock, projected, auto, got 'both'"),
         (TINY["mamba"].config(), {"realization": "projected"}, ValueError, "MambaMixer cannot be projected"),
         (TINY["mamba"].config(), {"device": "tpu"}, ValueError, "cuda, cpu, got 'tpu'"),
         (GPT2Config(), {}, ValueError, "GPT2Config .*has no mixer.* supported model types: bamba, falcon_h1"),
@@ -708,3 +715,20 @@ def test_dtypes_of_torch_are_understood():
         assert estimate(config, state_size=3, dtype=getattr(torch, dtype)) == estimate(
             config, state_size=3, dtype=dtype
         )
+
+
+@pytest.mark.parametrize(
+    ("name", "strategy", "realization"),
+    [
+        ("mamba", "ddp", "stock"),
+        ("mamba2", "ddp", "projected"),
+        ("mamba2", "fsdp2", "projected"),
+        ("mamba2", "zero2", "stock"),
+    ],
+)
+def test_by_default_what_can_be_projected_is(name, strategy, realization):
+    """DeepSpeed's ZeRO cannot start the parameters that a projection adds."""
+    options = {"state_size": 3, "world_size": 2, "strategy": strategy}
+    expected = estimate(TINY[name].config(), realization=realization, **options)
+    assert estimate_by_default(TINY[name].config(), **options) == expected
+    assert estimate(TINY[name].config(), realization="auto", **options) == expected

@@ -41,7 +41,7 @@ def test_a_low_precision_model_is_cut_as_its_float32_copy(architecture, realizat
         assert layer.kept == expected_layer.kept
         assert layer.relative_error == pytest.approx(expected_layer.relative_error, rel=0.05)
     for name, layer in plan.layers.items():
-        for matrix in (layer.readout, layer.B_projection, layer.C_projection):
+        for matrix in (layer.readout, layer.drive, layer.B_projection, layer.C_projection):
             assert matrix is None or matrix.dtype in (torch.float32, torch.float64)
         assert layer.refit == expected_plan.layers[name].refit
     after = {name: parameter.dtype for name, parameter in model.named_parameters()}
@@ -53,15 +53,16 @@ def test_a_low_precision_model_is_cut_as_its_float32_copy(architecture, realizat
 
 @pytest.mark.parametrize("dtype", UNIT_ROUNDOFF)
 def test_the_refit_is_rounded_once(dtype):
-    """C's new rows are M times the old ones in float64, brought into the model's type at the end."""
+    """The new rows of B and C are M times the old ones in float64, brought into the model's type at the end."""
     model = lively(TINY["mamba"].build()).eval().to(dtype)
     old = {name: mixer.module.x_proj.weight.detach().clone() for name, mixer in find_mixers(model).items()}
     plan, report = cut(model, "stock")
     for layer in report.layers:
         mixer = find_mixers(model)[layer.name].module
         rank = mixer.time_step_rank
-        exact = plan.layers[layer.name].readout.reshape(4, 8).double() @ old[layer.name][rank + 8 :].double()
-        new = mixer.x_proj.weight[rank + 4 :].detach()
+        rows, mixtures = old[layer.name][rank:].double().split(8), plan.layers[layer.name].mixtures
+        exact = torch.cat([mixtures[role][0].double() @ part for role, part in zip("BC", rows, strict=True)])
+        new = mixer.x_proj.weight[rank:].detach()
         assert torch.equal(new, exact.to(dtype))
         squared = (new.double() - exact).square().sum() / exact.square().sum()
         assert layer.rounding_error == pytest.approx(squared.sqrt().item(), rel=1e-6)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +30,7 @@ from hf_compressm import (
 from hf_compressm.criteria import CRITERIA
 from hf_compressm.elimination import eliminate
 from hf_compressm.plan import _digest
+from hf_compressm.planning import NEARLY_LOSSLESS, may_project
 from hf_compressm.projection import mean_field_error_curve, measured_error_curve
 
 
@@ -98,6 +101,9 @@ class TestFiles:
             {"kept": layer.kept.flip(1)},
             {"readout": readout},
             {"readout": None},
+            {"drive": readout},
+            {"drive": None},
+            {"drive": layer.readout, "readout": layer.drive},
             {"relative_error": layer.relative_error * (1 + 1e-15)},
             {"criterion": "ghost"},
             {"mixer_class": "Mamba2Mixer"},
@@ -205,8 +211,8 @@ class TestFiles:
             CompressionPlan.from_bytes(damaged)
 
     def test_a_newer_format(self, folder):
-        self.edit(folder, lambda content: content.update(format_version=2))
-        with pytest.raises(ValueError, match=r"plan\.json: plan format 2, but this version reads 1"):
+        self.edit(folder, lambda content: content.update(format_version=3))
+        with pytest.raises(ValueError, match=r"plan\.json: plan format 3, but this version reads 1 and 2"):
             CompressionPlan.load(folder)
 
     def test_a_config_with_options_of_a_newer_version(self, plan, folder, caplog, monkeypatch):
@@ -217,6 +223,22 @@ class TestFiles:
         monkeypatch.undo()
         assert_same_plan(CompressionPlan.load(folder), plan)
         assert "ignoring unknown keys ['rank_per_layer']" in caplog.text
+
+    def test_a_plan_of_an_older_version_has_no_drive(self, tmp_path):
+        """And its config no number of rounds; the file is otherwise the same."""
+        _, plan = make_plan(TINY["mamba"], CompreSSMConfig(state_size=3, refit_rounds=0))
+        content, tensors = plan.to_dict(), plan.tensors()
+        content["config"].pop("refit_rounds")
+        assert all(name.endswith(".readout") for name in tensors)
+        assert "drive" not in json.dumps(content)
+        (tmp_path / "plan.json").write_text(json.dumps(content | {"digest": _digest(content, tensors)}))
+        safetensors.torch.save_file(tensors, tmp_path / "plan.safetensors")
+        loaded = CompressionPlan.load(tmp_path)
+        for name, layer in loaded.layers.items():
+            assert torch.equal(layer.readout, plan.layers[name].readout) and layer.drive is None
+        model = lively(TINY["mamba"].build())
+        compress_(model, loaded)
+        assert model.config.state_size == 3
 
     def test_a_config_of_an_older_version_that_lacks_an_option(self, plan, folder, monkeypatch):
         options = plan.config.to_dict()
@@ -265,7 +287,8 @@ def test_planning_touches_nothing(tiny, rule):
 def test_plans_keep_the_best_states_in_rising_order(tiny, criterion):
     model = lively(tiny.build())
     statistics = measure(model, [tokens(8, 24)])
-    plan = plan_compression(model, statistics, CompreSSMConfig(state_size=3, criterion=criterion, seed=5))
+    config = CompreSSMConfig(state_size=3, realization="stock", criterion=criterion, seed=5)
+    plan = plan_compression(model, statistics, config)
     for name, layer in plan.layers.items():
         auto = "refit" if tiny is TINY["mamba"] else "ghost"
         assert layer.criterion == (auto if criterion == "auto" else criterion)
@@ -276,27 +299,44 @@ def test_plans_keep_the_best_states_in_rising_order(tiny, criterion):
     assert plan.changes == plan.layers
 
 
-def test_mamba1_plans_carry_a_readout_and_mamba2_plans_none(tiny):
+def test_mamba1_plans_carry_a_readout_and_a_drive_and_mamba2_plans_projections(tiny):
     _, plan = make_plan(tiny)
     for layer in plan.layers.values():
+        assert layer.refit == "alternating least squares"
         if tiny is TINY["mamba"]:
-            assert layer.readout.shape == (1, 3, 8) and layer.readout.dtype == torch.float32
-            assert layer.refit in ("conjugate gradients", "mean field")
+            for matrix in (layer.readout, layer.drive):
+                assert matrix.shape == (1, 3, 8) and matrix.dtype == torch.float32
+            assert layer.mixtures == {"B": layer.drive, "C": layer.readout} and layer.realization == "stock"
         else:
-            assert layer.readout is None and layer.refit == "none"
+            assert layer.mixtures == {} and layer.realization == "projected"
+
+
+def test_selections_of_mamba2_carry_no_matrix():
+    _, plan = make_plan(TINY["mamba2"], CompreSSMConfig(state_size=3, realization="stock"))
+    assert plan.tensors() == {} and {layer.refit for layer in plan.layers.values()} == {"none"}
+
+
+@pytest.mark.parametrize(("steps", "method"), [(10, "conjugate gradients"), (0, "mean field")])
+def test_without_rounds_or_steps_the_rows_of_b_are_only_selected(steps, method):
+    _, plan = make_plan(
+        TINY["mamba"], CompreSSMConfig(state_size=3, refit_rounds=2 if steps == 0 else 0, refit_steps=steps)
+    )
+    for layer in plan.layers.values():
+        assert (layer.refit, layer.drive, list(layer.mixtures)) == (method, None, ["C"])
 
 
 def test_without_refit_states_are_only_selected():
     _, plan = make_plan(TINY["mamba"], CompreSSMConfig(state_size=3, refit=False))
     for layer in plan.layers.values():
-        assert (layer.readout, layer.refit, layer.criterion) == (None, "none", "ghost")
+        assert (layer.mixtures, layer.refit, layer.criterion) == ({}, "none", "ghost")
 
 
 def test_error_without_a_refit_is_that_of_the_layer_after_the_cut(tiny):
     """Removing states takes their share of y away: the error is measured by running both layers on the same input."""
     model = lively(tiny.build())
     statistics = measure(model, [tokens(4, 12)])
-    plan = plan_compression(model, statistics, CompreSSMConfig(state_size=3, refit=False))
+    config = CompreSSMConfig(state_size=3, realization="stock", refit=False)
+    plan = plan_compression(model, statistics, config)
     runs = {name: run_mixer(model.get_submodule(name), statistics[name].inputs[0][0]) for name in find_mixers(model)}
     compress_(model, plan)
     for name, run in runs.items():
@@ -324,7 +364,7 @@ def test_error_curves_run_from_everything_to_nothing(tiny):
 
 
 def test_a_tolerance_is_met_by_every_layer(tiny):
-    _, plan = make_plan(tiny, CompreSSMConfig(tolerance=0.3))
+    _, plan = make_plan(tiny, CompreSSMConfig(tolerance=0.3, realization="stock"))
     (size,) = {layer.state_size_after for layer in plan.layers.values()}
     assert 1 <= size < 8
     assert all(layer.error_curve[size] <= 0.3 for layer in plan.layers.values())
@@ -349,9 +389,15 @@ def test_models_side_by_side_get_a_size_each():
             return self.large(input_ids), self.small(input_ids)
 
     model = Both()
-    plan = plan_compression(model, measure(model, [tokens(8, 24)]), CompreSSMConfig(state_size=0.5))
+    statistics = measure(model, [tokens(8, 24)])
+    plan = plan_compression(model, statistics, CompreSSMConfig(state_size=0.5, realization="stock"))
     sizes = [(layer.state_size_before, layer.state_size_after) for layer in plan.layers.values()]
     assert sizes == [(8, 4), (8, 4), (4, 2), (4, 2)]
+    # What is projected shares its states out, but not with models of another config.
+    plan = plan_compression(model, statistics, CompreSSMConfig(state_size=0.5))
+    sizes = [layer.state_size_after for layer in plan.layers.values()]
+    assert sizes[:2] == [4, 4] and sum(sizes[2:]) == 2 + 2
+    assert [layer.realization for layer in plan.layers.values()] == ["stock"] * 2 + ["projected"] * 2
 
 
 @pytest.mark.parametrize("rule", [{"state_size": 3}, {"tolerance": 0.1}, {"hankel_tolerance": 0.1}])
@@ -549,25 +595,28 @@ def test_what_a_projected_plan_says():
         plan = plan_compression(model, statistics, dataclasses.replace(PROJECTED, projection_rounds=rounds))
         for name, layer in plan.layers.items():
             assert (layer.realization, layer.kept, layer.readout, layer.groups) == ("projected", None, None, 2)
-            assert layer.B_projection.shape == layer.C_projection.shape == (8, 6)
-            assert (layer.state_size_before, layer.state_size_after, layer.is_change) == (8, 3, True)
+            size = layer.state_size_after
+            assert layer.B_projection.shape == layer.C_projection.shape == (8, 2 * size)
+            assert (layer.state_size_before, layer.is_change) == (8, True)
             assert layer.criterion == "balanced truncation"
             assert layer.refit == ("alternating least squares" if rounds else "balanced")
             for values in layer.hankel_values:
                 assert len(values) == 8 and values == sorted(values, reverse=True) and values[-1] >= 0
             curve = measured_error_curve(find_mixers(model)[name], statistics[name])
             assert layer.error_curve == pytest.approx(curve.tolist(), rel=1e-2, abs=1e-3)
-            stock = plan_compression(model, statistics, CompreSSMConfig(state_size=3)).layers[name]
+            selection = CompreSSMConfig(state_size=size, realization="stock")
+            stock = plan_compression(model, statistics, selection).layers[name]
             assert layer.expected_errors == pytest.approx(
-                {"stock": stock.relative_error, "projected": float(curve[3])}, rel=1e-2
+                {"stock": stock.relative_error, "projected": float(curve[size])}, rel=1e-2
             )
             assert layer.relative_error <= layer.expected_errors["projected"] * (1 + 1e-3)
             # A selection is one of the projections.
             assert layer.relative_error < stock.relative_error
             assert stock.expected_errors["stock"] == stock.relative_error
             assert stock.expected_errors["projected"] == pytest.approx(
-                float(mean_field_error_curve(statistics[name])[3])
+                float(mean_field_error_curve(statistics[name])[size])
             )
+        assert sum(layer.state_size_after for layer in plan.layers.values()) == 6
 
 
 def test_plans_of_mamba1_expect_no_projection():
@@ -617,9 +666,14 @@ def test_auto_selects_where_that_is_nearly_lossless_and_projects_elsewhere():
     # Where one layer needs a projection, those that share its config are projected with it.
     model = lively(MAMBA2.build())
     small_layer(model, 0, [1, 3, 4, 6])
-    plan = plan_compression(model, measure(model, [tokens(8, 24)]), CompreSSMConfig(state_size=4, realization="auto"))
+    statistics = measure(model, [tokens(8, 24)])
+    stock, plan = (
+        plan_compression(model, statistics, CompreSSMConfig(state_size=4, realization=realization))
+        for realization in ("stock", "auto")
+    )
     assert [layer.realization for layer in plan.layers.values()] == ["projected"] * 2
-    assert plan.layers["backbone.layers.0.mixer"].expected_errors["stock"] < 1e-3
+    errors = [layer.relative_error for layer in stock.layers.values()]
+    assert errors[0] < 1e-3 < NEARLY_LOSSLESS < errors[1]
 
 
 def test_a_tolerance_is_met_by_every_projected_layer_with_as_few_states_as_it_needs():
@@ -696,11 +750,88 @@ def test_non_finite_projections(value):
 @pytest.mark.parametrize("realization", ["stock", "auto", "projected"])
 def test_a_projected_model_stays_projected(realization):
     """Stock asks for a selection: of a projected model, it is one of its states."""
-    model, plan = make_plan(MAMBA2, dataclasses.replace(PROJECTED, state_size=5))
+    model, plan = make_plan(MAMBA2, dataclasses.replace(PROJECTED, state_size=[5, 5]))
     compress_(model, plan)
     statistics = measure(model, [tokens(8, 24)])
     again = plan_compression(model, statistics, CompreSSMConfig(state_size=3, realization=realization))
     expected = "stock" if realization == "stock" else "projected"
     for layer in again.layers.values():
-        assert layer.realization == expected and (layer.state_size_before, layer.state_size_after) == (5, 3)
+        assert layer.realization == expected and layer.state_size_before == 5
         assert (layer.kept is None) == (expected == "projected")
+    sizes = [layer.state_size_after for layer in again.layers.values()]
+    assert sum(sizes) == 6 and (expected == "projected" or sizes == [3, 3])
+
+
+@pytest.mark.parametrize(
+    ("options", "may"),
+    [
+        ({}, True),
+        ({"realization": "stock"}, False),
+        ({"realization": "projected"}, True),
+        # To name a criterion is to ask for a selection by it.
+        ({"criterion": "ghost"}, False),
+        ({"criterion": "hankel"}, False),
+        ({"criterion": "ghost", "realization": "projected"}, True),
+        ({"criterion": "ghost", "state_size": [3, 5]}, True),
+    ],
+)
+def test_what_may_be_projected(options, may):
+    config = CompreSSMConfig(**({"state_size": 3} | options))
+    assert may_project(config) == may
+    _, plan = make_plan(MAMBA2, config)
+    assert {layer.realization for layer in plan.layers.values()} == {"projected" if may else "stock"}
+
+
+@pytest.mark.parametrize("realization", ["auto", "projected"])
+def test_layers_share_the_states_out_by_their_measured_errors(realization):
+    """So that the sum of their squared errors is the least of all ways with so many states on average."""
+    model = lively(MAMBA2.build(num_hidden_layers=3))
+    small_layer(model, 1, [0, 2, 3, 5, 7])
+    statistics = measure(model, [tokens(8, 24)])
+    plan = plan_compression(model, statistics, CompreSSMConfig(state_size=4, realization=realization))
+    curves = [measured_error_curve(mixer, statistics[name]) for name, mixer in find_mixers(model).items()]
+    sizes = [layer.state_size_after for layer in plan.layers.values()]
+
+    def squared(way: Iterable[int]) -> float:
+        return sum(float(curve[size]) ** 2 for curve, size in zip(curves, way, strict=True))
+
+    ways = [way for way in itertools.product(range(1, 9), repeat=3) if sum(way) == 12]
+    assert tuple(sizes) in ways and sizes[1] == 3
+    assert squared(sizes) == pytest.approx(min(map(squared, ways)))
+    assert squared(sizes) < squared([4, 4, 4])
+    # And the plan's errors are those of the sizes.
+    for layer, curve, size in zip(plan.layers.values(), curves, sizes, strict=True):
+        assert layer.relative_error <= float(curve[size]) * (1 + 1e-3)
+
+
+def test_the_next_cut_of_a_shared_out_model_goes_by_the_average():
+    model = lively(MAMBA2.build())
+    small_layer(model, 0, [1, 3, 4, 6, 7])
+    compress_(model, plan_compression(model, measure(model, [tokens(8, 24)]), CompreSSMConfig(state_size=5)))
+    before = [mixer.state_size for mixer in find_mixers(model).values()]
+    assert sum(before) == 10 and before[0] < before[1]
+    statistics = measure(model, [tokens(8, 24)])
+    plan = plan_compression(model, statistics, CompreSSMConfig(state_size=4))
+    after = [layer.state_size_after for layer in plan.layers.values()]
+    assert sum(after) == 8 and all(now <= old for now, old in zip(after, before, strict=True))
+    with pytest.raises(ValueError, match=r"target state_size 5 is not below the current 5; choose 1\.\.4"):
+        plan_compression(model, statistics, CompreSSMConfig(state_size=5))
+
+
+def test_shared_out_sizes_are_multiples():
+    _, plan = make_plan(MAMBA2, CompreSSMConfig(state_size=3, multiple_of=2))
+    sizes = [layer.state_size_after for layer in plan.layers.values()]
+    assert sum(sizes) == 8 and all(size % 2 == 0 for size in sizes)
+
+
+def test_sharing_out_goes_by_the_measured_curves(monkeypatch):
+    """Here made up: of one layer, the first state is all that matters, and of the other, one as much as the next."""
+    model = lively(MAMBA2.build())
+    statistics = measure(model, [tokens(8, 24)])
+    curves = iter([torch.tensor([1.0] + [0.0] * 8), torch.linspace(1, 0, 9)])
+    monkeypatch.setattr("hf_compressm.planning.measured_error_curve", lambda mixer, statistics: next(curves))
+    plan = plan_compression(model, statistics, CompreSSMConfig(state_size=4))
+    assert [layer.state_size_after for layer in plan.layers.values()] == [1, 7]
+    # A list leaves nothing to measure; the iterator has nothing more.
+    plan = plan_compression(model, statistics, CompreSSMConfig(state_size=[5, 2]))
+    assert [layer.state_size_after for layer in plan.layers.values()] == [5, 2]

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
+from conftest import TINY, projection_plan
 from test_criteria import made_up
+from torch import nn
 
-from hf_compressm import CompreSSMConfig
+from hf_compressm import CompreSSMConfig, compress_, find_mixers
 from hf_compressm.criteria import hankel_singular_values
 from hf_compressm.ranks import (
+    average_state_size,
     choose_state_sizes,
     fixed_state_size,
     round_up,
+    state_size_of,
     states_for_budget,
     states_for_energy,
     states_for_tolerance,
+    target_is_reached,
 )
 
 CURVE = torch.tensor([1.0, 0.5, 0.2, 0.1, 0.05, 0.02, 0.01, 0.005, 0.0])
@@ -276,3 +282,126 @@ def test_a_budget_that_is_no_limit(budget):
         ValueError, match=f"state_bytes is {budget}, but the states take 72 bytes as they are; give less"
     ):
         states_for_budget(convex_curves(0), dict.fromkeys("abc", 4), budget)
+
+
+# A fixed size that projected layers share out.
+
+
+def shared_out(
+    target: int | float | list[int],
+    curves: dict[str, torch.Tensor],
+    cost: dict[str, int] | None = None,
+    **options: Any,
+) -> dict[str, int]:
+    config = CompreSSMConfig(state_size=target, **options)
+    numbers = {name: number for number, name in enumerate(curves)}
+    cost = dict.fromkeys(curves, 4) if cost is None else cost
+    return choose_state_sizes(config, curves, {}, together=False, numbers=numbers, bytes_per_state=cost)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(("target", "states"), [(1, 1), (2, 2), (5, 5), (0.5, 3)])
+def test_a_fixed_size_is_an_average_that_is_shared_out_as_well_as_any_other_way(seed, target, states):
+    curves = convex_curves(seed)
+    sizes = shared_out(target, curves)
+    assert sum(sizes.values()) == 3 * states
+    ways = (dict(zip("abc", way, strict=True)) for way in itertools.product(range(1, 7), repeat=3))
+    best = min(total(curves, way) for way in ways if sum(way.values()) == 3 * states)
+    assert total(curves, sizes) == pytest.approx(best)
+    assert total(curves, sizes) <= total(curves, dict.fromkeys("abc", states))
+
+
+def test_what_is_shared_out_are_bytes():
+    cost = {"a": 4, "b": 12}
+    curves = {"a": torch.linspace(1, 0, 9), "b": torch.tensor([1.0] + [0.0] * 8)}
+    # 64 bytes, or 8 states: 12 bytes for the one that b needs leave enough for all of a's eight.
+    assert shared_out(4, curves, cost) == {"a": 8, "b": 1}
+
+
+def test_a_list_is_taken_as_it_is():
+    assert shared_out([2, 5, 3], convex_curves(0)) == {"a": 2, "b": 5, "c": 3}
+
+
+def uneven_curves() -> dict[str, torch.Tensor]:
+    """Of layers that an earlier cut left with 2, 6 and 4 states: 4 on average."""
+    return {name: CURVE[-size - 1 :] for name, size in (("a", 2), ("b", 6), ("c", 4))}
+
+
+@pytest.mark.parametrize(("target", "states"), [(3, 3), (1, 1), (0.5, 2)])
+def test_the_next_cut_goes_by_the_average(target, states):
+    curves = uneven_curves()
+    sizes = shared_out(target, curves)
+    assert sum(sizes.values()) == 3 * states
+    assert all(1 <= size < len(curves[name]) for name, size in sizes.items())
+
+
+@pytest.mark.parametrize("target", [4, 5, 6])
+def test_a_target_that_is_not_below_the_average(target):
+    with pytest.raises(ValueError, match=rf"target state_size {target} is not below the current 4; choose 1\.\.3"):
+        shared_out(target, uneven_curves())
+
+
+def test_an_average_that_is_no_whole_number_is_rounded_up():
+    """Of 2, 6 and 5 states, 13 in all, 12 may stay."""
+    curves = uneven_curves() | {"c": CURVE[-6:]}
+    assert sum(shared_out(4, curves).values()) == 12
+    with pytest.raises(ValueError, match="target state_size 5 is not below the current 5"):
+        shared_out(5, curves)
+
+
+@pytest.mark.parametrize("multiple", [4, 16, "kernel"])
+def test_shared_out_sizes_are_multiples(multiple):
+    curves = {name: torch.linspace(1, 0, 65) ** power for name, power in (("a", 1), ("b", 6))}
+    sizes = shared_out(15, curves, multiple_of=multiple)
+    assert all(round_up(size, multiple) == size for size in sizes.values())
+    assert sum(sizes.values()) == 32
+    if multiple == 4:
+        assert sizes["a"] > sizes["b"]
+    with pytest.raises(ValueError, match=r"target state_size 64 \(rounded up from 63 to .*\) is not below"):
+        shared_out(63, curves, multiple_of=multiple)
+
+
+def projected_model(sizes: list[int]) -> nn.Module:
+    model = TINY["mamba2"].build(num_hidden_layers=len(sizes))
+    compress_(model, projection_plan(model, sizes))
+    return model
+
+
+@pytest.mark.parametrize(("sizes", "average"), [([3, 5], 4), ([3, 4], 4), ([1, 7], 4), ([2, 2], 2)])
+def test_the_size_of_a_projected_model_is_its_average_rounded_up(sizes, average):
+    mixers = find_mixers(projected_model(sizes))
+    assert state_size_of(mixers) == average
+    assert average_state_size(dict(zip("ab", sizes, strict=True)), {"a": 4, "b": 4}) == average
+
+
+def test_the_size_of_a_stock_model_is_its_largest():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.large, self.small = TINY["mamba"].build_base(), TINY["mamba2"].build_base(state_size=4)
+
+    assert state_size_of(find_mixers(Both())) == 8
+
+
+@pytest.mark.parametrize(
+    ("rule", "reached"),
+    [
+        ({"state_size": 3}, False),
+        ({"state_size": 4}, True),
+        ({"state_size": 6}, True),
+        # Of the 8 states before the first cut.
+        ({"state_size": 0.4}, False),
+        ({"state_size": 0.5}, True),
+        ({"state_size": 3, "multiple_of": 4}, True),
+        ({"state_size": [2, 6]}, True),
+        ({"state_size": [6, 2]}, False),
+        ({"state_bytes": 8 * 128}, True),
+        ({"state_bytes": 8 * 128 - 1}, False),
+        ({"tolerance": 0.5}, False),
+    ],
+)
+def test_a_fixed_target_is_reached_with_the_average(rule, reached):
+    mixers = find_mixers(projected_model([2, 6]))
+    history = [{"status": "cut", "layers": [{"state_size_before": 8}, {"state_size_before": 8}]}]
+    assert target_is_reached(CompreSSMConfig(**rule), history, mixers) == reached
+    assert not target_is_reached(CompreSSMConfig(**rule), [], mixers)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TINY, Tiny, lively, selection_plan, silence_states, tokens, train
+from conftest import MAMBA1_FAMILY, TINY, Tiny, lively, selection_plan, silence_states, stir, tokens, train
 from naive import kept_part
 from torch import nn
 from transformers import AutoModelForCausalLM, MambaConfig, MambaModel
@@ -173,7 +173,8 @@ def test_generation_after_a_cut_is_the_same_with_and_without_cache(tiny):
 
 def test_the_cut_model_is_a_stock_model(tiny, tmp_path):
     model = lively(tiny.build()).eval()
-    compress_(model, plan_compression(model, measure(model, [tokens(8, 24)]), CompreSSMConfig(state_size=3)))
+    config = CompreSSMConfig(state_size=3, realization="stock")
+    compress_(model, plan_compression(model, measure(model, [tokens(8, 24)]), config))
     model.save_pretrained(tmp_path)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(stock) is tiny.language_model and stock.config.state_size == 3
@@ -225,15 +226,44 @@ def test_bf16_models(tiny):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_refitted_readouts_are_folded_into_the_rows_of_c(dtype):
+def test_refits_are_folded_into_the_rows_of_b_and_c(dtype):
     model = lively(TINY["mamba"].build()).to(dtype)
     before = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
     plan = plan_compression(model, measure(model, [tokens(8, 24)]), CompreSSMConfig(state_size=3))
     compress_(model, plan)
     for name, layer in plan.layers.items():
         old, new = before[f"{name}.x_proj.weight"], model.get_parameter(f"{name}.x_proj.weight")
-        expected = torch.cat([old[:1], old[1:9][layer.kept[0]], layer.readout[0].double() @ old[9:17]])
+        drive, readout = layer.drive[0].double(), layer.readout[0].double()
+        expected = torch.cat([old[:1], drive @ old[1:9], readout @ old[9:17]])
         assert torch.equal(new, expected.to(dtype))
+
+
+def test_a_drive_without_a_readout_and_a_readout_without_a_drive_leave_the_other_rows_selected():
+    generator = torch.Generator().manual_seed(0)
+    for field, number in (("drive", 0), ("readout", 1)):
+        model = lively(TINY["mamba"].build())
+        before = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+        matrix = torch.randn(1, 3, 8, generator=generator)
+        plan = last_layer({field: matrix})(selection_plan(model, [0, 2, 7]))
+        name, old = "backbone.layers.1.mixer.x_proj.weight", before["backbone.layers.1.mixer.x_proj.weight"]
+        compress_(model, plan)
+        rows = [old[1:9][[0, 2, 7]], old[9:17][[0, 2, 7]]]
+        rows[number] = matrix[0].double() @ (old[1:9], old[9:17])[number]
+        assert torch.equal(model.get_parameter(name), torch.cat([old[:1], *rows]).float())
+
+
+def test_each_heads_drive_is_folded_into_its_own_rows():
+    model = stir(MAMBA1_FAMILY["zamba"].build())
+    before = {name: parameter.detach().double() for name, parameter in model.named_parameters()}
+    plan = plan_compression(model, measure(model, [tokens(8, 24)]), CompreSSMConfig(state_size=3))
+    compress_(model, plan)
+    for name, layer in plan.layers.items():
+        assert layer.drive.shape == layer.readout.shape == (2, 3, 8)
+        old, new = before[f"{name}.x_proj_weight"], model.get_parameter(f"{name}.x_proj_weight")
+        rank = old.shape[1] - 16
+        delta, B, C = old.split([rank, 8, 8], dim=1)
+        parts = [delta, *(torch.bmm(M.double(), rows) for M, rows in ((layer.drive, B), (layer.readout, C)))]
+        assert torch.equal(new, torch.cat(parts, dim=1).float())
 
 
 class TestParameters:
@@ -376,12 +406,12 @@ BAD_PLANS = {
         "layers that share one config must keep one state_size",
     ),
 }
-BAD_READOUTS = {
-    "transposed": (torch.zeros(1, 8, 3), r"the readout matrix has shape \(1, 8, 3\); expected \(1, 3, 8\)"),
-    "for fewer states": (torch.zeros(1, 2, 8), r"the readout matrix has shape \(1, 2, 8\); expected \(1, 3, 8\)"),
-    "without groups": (torch.zeros(3, 8), r"the readout matrix has shape \(3, 8\); expected \(1, 3, 8\)"),
-    "NaN": (torch.full((1, 3, 8), math.nan), "the readout matrix holds NaN or infinity"),
-    "infinite": (torch.full((1, 3, 8), math.inf), "the readout matrix holds NaN or infinity"),
+BAD_MATRICES = {
+    "transposed": (torch.zeros(1, 8, 3), r"has shape \(1, 8, 3\); expected \(1, 3, 8\)"),
+    "for fewer states": (torch.zeros(1, 2, 8), r"has shape \(1, 2, 8\); expected \(1, 3, 8\)"),
+    "without groups": (torch.zeros(3, 8), r"has shape \(3, 8\); expected \(1, 3, 8\)"),
+    "NaN": (torch.full((1, 3, 8), math.nan), "holds NaN or infinity"),
+    "infinite": (torch.full((1, 3, 8), math.inf), "holds NaN or infinity"),
 }
 
 
@@ -401,20 +431,32 @@ def test_a_plan_that_does_not_fit_is_refused_before_anything_is_touched(tiny, sp
     assert_untouched(before, model, optimizer)
 
 
-@pytest.mark.parametrize(("readout", "message"), BAD_READOUTS.values(), ids=BAD_READOUTS.keys())
-def test_a_readout_that_does_not_fit_is_refused(readout, message):
+@pytest.mark.parametrize("field", ["readout", "drive"])
+@pytest.mark.parametrize(("matrix", "message"), BAD_MATRICES.values(), ids=BAD_MATRICES.keys())
+def test_a_readout_or_a_drive_that_does_not_fit_is_refused(field, matrix, message):
     model, optimizer = trained(TINY["mamba"])
-    before, plan = snapshot(model, optimizer), last_layer({"readout": readout})(selection_plan(model, [0, 2, 7]))
-    with pytest.raises(ValueError, match=LAYER + message):
+    before, plan = snapshot(model, optimizer), last_layer({field: matrix})(selection_plan(model, [0, 2, 7]))
+    with pytest.raises(ValueError, match=LAYER + f"the {field} matrix {message}"):
         compress_(model, plan, optimizer)
     assert_untouched(before, model, optimizer)
 
 
-def test_a_readout_for_mamba2_is_refused():
+@pytest.mark.parametrize("name", ["falcon_mamba", "jamba"])
+def test_a_drive_behind_norms_is_refused(name):
+    model = MAMBA1_FAMILY[name].build()
+    plan = last_layer({"drive": torch.eye(8)[None, [0, 2, 7]]})(selection_plan(model, [0, 2, 7]))
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"the plan refits the drive, which Mamba-1, .* mixers do not allow"):
+        compress_(model, plan)
+    assert_untouched(before, model)
+
+
+@pytest.mark.parametrize("field", ["readout", "drive"])
+def test_a_readout_or_a_drive_for_mamba2_is_refused(field):
     model, optimizer = trained(TINY["mamba2"])
-    plan = last_layer({"readout": torch.zeros(3, 8)})(selection_plan(model, [0, 2, 7]))
+    plan = last_layer({field: torch.zeros(3, 8)})(selection_plan(model, [0, 2, 7]))
     before = snapshot(model, optimizer)
-    with pytest.raises(ValueError, match=LAYER + "the plan refits the readout, which Mamba-2 mixers do not allow"):
+    with pytest.raises(ValueError, match=LAYER + f"the plan refits the {field}, which Mamba-2 mixers do not allow"):
         compress_(model, plan, optimizer)
     assert_untouched(before, model, optimizer)
 
@@ -833,7 +875,8 @@ def test_the_report_of_a_projected_cut():
 
 def test_the_report_of_a_selection_says_what_a_projection_would_cost():
     model = lively(MAMBA2.build())
-    report = compress_(model, plan_compression(model, measure(model, [tokens(8, 24)]), CompreSSMConfig(state_size=3)))
+    config = CompreSSMConfig(state_size=3, realization="stock")
+    report = compress_(model, plan_compression(model, measure(model, [tokens(8, 24)]), config))
     worst = {kind: max(layer.expected_errors[kind] for layer in report.layers) for kind in ("stock", "projected")}
     assert worst["projected"] < worst["stock"] == report.relative_error
     assert f"{worst['projected']:.4f} projected (in the mean field)\n" in str(report)

@@ -74,6 +74,11 @@ def state_size_field(architecture: Relative) -> str:
     return (first | {"nemotron_h": "ssm_state_size"}).get(architecture.config_class.model_type, "mamba_d_state")
 
 
+def selection(size: int) -> CompreSSMConfig:
+    """What leaves an ordinary model, whatever the layout."""
+    return CompreSSMConfig(state_size=size, realization="stock")
+
+
 def kept_states(model: nn.Module) -> list[list[int]]:
     """The states that `silent` leaves, of each group."""
     groups = next(iter(find_mixers(model).values())).groups
@@ -142,7 +147,7 @@ class TestSilentStates:
     def test_a_measured_plan_finds_them(self, architecture):
         model, kept = silent(architecture)
         before = outputs(model)
-        plan = plan_compression(model, measure(model, [tokens(8, 24)]), CompreSSMConfig(state_size=4))
+        plan = plan_compression(model, measure(model, [tokens(8, 24)]), selection(4))
         assert [layer.kept.tolist() for layer in plan.layers.values()] == [kept] * len(find_mixers(model))
         compress_(model, plan)
         assert_close(outputs(model), before)
@@ -251,7 +256,7 @@ class TestARealCut:
         model = stir(architecture.build())
         layers = tuple(f"{layer}." for layer in find_mixers(model))
         before = {name: (tensor, tensor.detach().clone()) for name, tensor in tensors_of(model)}
-        compress(model, [tokens(8, 24)], CompreSSMConfig(state_size=3))
+        compress(model, [tokens(8, 24)], selection(3))
         after = dict(tensors_of(model))
         assert after.keys() == before.keys()
         others = [name for name in before if not name.startswith(layers)]
@@ -274,7 +279,7 @@ class TestARealCut:
         """Invariant 6."""
         model = stir(architecture.build())
         again = copy.deepcopy(model)
-        plan = plan_compression(model, measure(model, [tokens(8, 24)]), CompreSSMConfig(state_size=3))
+        plan = plan_compression(model, measure(model, [tokens(8, 24)]), selection(3))
         assert_same(copies(model), copies(again))
         plan.save(tmp_path / "plan.json")
         compress_(model, plan)
@@ -295,7 +300,7 @@ class TestARealCut:
         """Invariant 5, where nothing of this package can be imported."""
         for number, architecture in enumerate(WHOLE_MODELS.values()):
             model = stir(architecture.build())
-            compress(model, [tokens(8, 24)], CompreSSMConfig(state_size=3))
+            compress(model, [tokens(8, 24)], selection(3))
             model.save_pretrained(tmp_path / str(number))
             torch.save(outputs(model), tmp_path / str(number) / "outputs.pt")
         command = [sys.executable, "-c", LOAD, str(tmp_path), str(len(WHOLE_MODELS))]
@@ -470,7 +475,7 @@ class TestTwoTowers:
                 for layer, layer_plan in selection_plan(getattr(model, name), kept).layers.items()
             },
             1,
-            CompreSSMConfig(state_size=4),
+            selection(4),
         )
         compress_(model, plan)
         assert (model.first.config.mamba_d_state, model.second.config.mamba_d_state) == (4, 3)
@@ -503,7 +508,7 @@ WITHOUT_MIXERS = {
 @pytest.mark.parametrize("name", WITHOUT_MIXERS)
 def test_a_hybrid_without_a_mamba_layer(name):
     model = WHOLE_MODELS[name].build(**WITHOUT_MIXERS[name])
-    for action in (find_mixers, lambda model: compress(model, [tokens()], CompreSSMConfig(state_size=4))):
+    for action in (find_mixers, lambda model: compress(model, [tokens()], selection(4))):
         with pytest.raises(ValueError, match=f"{type(model).__name__} has no mixer whose state could be reduced"):
             action(model)
 
@@ -516,7 +521,7 @@ def test_an_architecture_that_the_table_does_not_know(architecture):
     mixer = type("NewMixer", (nn.Module,), {})()
     mixer.ssm_state_size, mixer.A_log = old.ssm_state_size, old.A_log
     model.set_submodule(name, mixer)
-    for action in (lambda: compress_(model, plan), lambda: compress(model, [tokens()], CompreSSMConfig(state_size=4))):
+    for action in (lambda: compress_(model, plan), lambda: compress(model, [tokens()], selection(4))):
         assert_untouched_by(
             action, model, None, TypeError, rf"layer {name}: NewMixer carries a state.*upported mixers"
         )
@@ -534,7 +539,7 @@ class TestDifferentSizesUnderOneConfig:
 
     def test_a_cut_to_one_size(self, architecture):
         model = self.model(architecture)
-        report = compress(model, [tokens(8, 24)], CompreSSMConfig(state_size=3))
+        report = compress(model, [tokens(8, 24)], selection(3))
         assert {layer.state_size_after for layer in report.layers} == {3}
         assert getattr(model.config, state_size_field(architecture)) == 3
         outputs(model)
@@ -544,7 +549,7 @@ class TestDifferentSizesUnderOneConfig:
         model = self.model(WHOLE_MODELS[name])
 
         def cut() -> None:
-            compress(model, [tokens(8, 24)], CompreSSMConfig(state_size=7))
+            compress(model, [tokens(8, 24)], selection(7))
 
         assert_untouched_by(cut, model, None, ValueError, "must keep one state_size, but the plan has .*: 6.*: 7")
 
@@ -641,7 +646,7 @@ class TestParametersThatAreElsewhere:
         model, _ = silent(architecture)
         model = accelerate.dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
         before = outputs(model)
-        compress(model, [tokens(8, 24)], CompreSSMConfig(state_size=4))
+        compress(model, [tokens(8, 24)], selection(4))
         assert_close(outputs(model), before)
 
 
@@ -649,6 +654,6 @@ def test_parameters_that_were_made_in_inference_mode(architecture):
     with torch.inference_mode():
         model, kept = silent(architecture)
     before = outputs(model)
-    report = compress(model, [tokens(8, 24)], CompreSSMConfig(state_size=4))
+    report = compress(model, [tokens(8, 24)], selection(4))
     assert [layer.kept for layer in report.layers] == [kept] * len(find_mixers(model))
     assert_close(outputs(model), before)

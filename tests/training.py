@@ -22,9 +22,11 @@ SILENT, KEPT = [1, 3, 4, 6], [0, 2, 5, 7]
 
 
 def config(**options: Any) -> CompreSSMConfig:
-    """From 8 states to 4 after step 3, decided on one batch, unless told otherwise."""
+    """A selection, from 8 states to 4 after step 3, decided on one batch, unless told otherwise."""
     if not options.keys() & {"tolerance", "hankel_tolerance", "state_bytes"}:
         options = {"state_size": 4} | options
+    if "state_bytes" not in options and not isinstance(options.get("state_size"), list):
+        options = {"realization": "stock"} | options
     return CompreSSMConfig(**({"calibration_tokens": 48, "schedule": [3]} | options))
 
 

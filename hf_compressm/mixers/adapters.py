@@ -28,7 +28,7 @@ logger = logging.get_logger(__name__)
 
 # Variants of LoRA (besides LoRA itself) in which only B, and a magnitude if there is one, know the layer's rows.
 KNOWN_VARIANTS = ("DoraLinearVariant", "ALoraLinearVariant")
-# From this relative difference on, an adapter's readout is no longer what was fitted.
+# From this relative difference on, an adapter's rows are no longer what was fitted.
 NOTABLE_DIFFERENCE = 1e-3
 FLOATING_POINT = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -149,26 +149,34 @@ def _adapters_of_a_parameter(axis: StateAxis, wrapper: nn.Module) -> list[StateA
 class MagnitudeAxis(StateAxis):
     """The magnitudes m of a DoRA adapter: row i of the layer is ρ_i V_i, with V = W + s B A and ρ_i = m_i / ‖V_i‖.
 
-    A cut multiplies the rows of C in W and in B, and so in V, by the plan's M. Each new row keeps the ρ_i of the
-    state that it belongs to: m'_i = ρ_i ‖(M V)_i‖. See `readout_of_parameters` for the M that makes this exact.
+    A refit multiplies the rows of C in W and in B, and so in V, by the plan's M, and those that make the state's B by
+    another. Each new row keeps the ρ_i of the state that it belongs to: m'_i = ρ_i ‖(M V)_i‖. See
+    `mixture_of_parameters` for the M that makes this exact.
     """
 
     layer: nn.Module | None = None
     adapter: str = ""
-    norms: tuple[torch.Tensor, torch.Tensor] | None = None
+    norms: dict[int, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)
 
-    def remembering(self, readout: torch.Tensor, state_size: int) -> MagnitudeAxis:
-        """The same with ‖V_i‖ and ‖(M V)_i‖ as they are now: ZeRO's weights are cut when the layer is already."""
-        return dataclasses.replace(self, norms=self._norms(readout, self.roles.index("C"), state_size))
+    def remembering(self, mixtures: Mapping[str, torch.Tensor], state_size: int) -> MagnitudeAxis:
+        """The same with ‖V_i‖ and ‖(M V)_i‖ as they are now: ZeRO's weights are cut when the layer is already.
 
-    def _norms(self, readout: torch.Tensor, number: int, state_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        Args:
+            mixtures: role → M.
+            state_size: N.
+        """
+        runs = [(number, role) for number, role in enumerate(self.roles) if role in mixtures]
+        norms = {number: self._norms(mixtures[role], number, state_size) for number, role in runs}
+        return dataclasses.replace(self, norms=norms)
+
+    def _norms(self, matrix: torch.Tensor, number: int, state_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         V = directions(self.layer, self.adapter)[self.block(number, state_size)]
-        return V.norm(dim=1), (readout[number % len(readout)].to(V) @ V).norm(dim=1)
+        return V.norm(dim=1), (matrix[number % len(matrix)].to(V) @ V).norm(dim=1)
 
-    def read_out(
-        self, values: torch.Tensor, readout: torch.Tensor, kept: torch.Tensor, number: int, state_size: int
+    def mixed(
+        self, values: torch.Tensor, matrix: torch.Tensor, kept: torch.Tensor, number: int, state_size: int
     ) -> torch.Tensor:
-        norms, new_norms = self.norms or self._norms(readout, number, state_size)
+        norms, new_norms = self.norms.get(number) or self._norms(matrix, number, state_size)
         ratios = _ratios(values[self.block(number, state_size)].to(norms), norms)
         return ratios[kept[number % len(kept)].to(norms.device)] * new_norms
 
@@ -189,8 +197,10 @@ def _ratios(magnitudes: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def readout_of_parameters(name: str, axes: list[StateAxis], readout: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """From a readout fitted to what the layer does, C' = M₀ C, to that of its parameters, W' = M W and B' = M B.
+def mixture_of_parameters(
+    name: str, axes: list[StateAxis], matrix: torch.Tensor, kept: torch.Tensor, role: str
+) -> torch.Tensor:
+    """From a refit of what the layer does, C' = M₀ C, to that of its parameters, W' = M W and B' = M B of adapters.
 
     With LoRA they are the same. With DoRA, C = diag(ρ) V, and the active adapter's new rows are exactly M₀ C if
     M = diag(ρ_S)⁻¹ M₀ diag(ρ): then M V = diag(ρ_S)⁻¹ M₀ C, and each row keeps its ρ_i (`MagnitudeAxis`). A plan has
@@ -199,17 +209,18 @@ def readout_of_parameters(name: str, axes: list[StateAxis], readout: torch.Tenso
     Args:
         name: the layer's name, for the warning.
         axes: of the mixer.
-        readout: M₀, shape (groups, r, N).
+        matrix: M₀, shape (groups, r, N).
         kept: S, shape (groups, r).
+        role: `B` or `C`: whose rows are refitted.
 
     Returns:
         M, of the same shape and dtype.
     """
-    magnitudes = [axis for axis in axes if isinstance(axis, MagnitudeAxis) and "C" in axis.roles]
+    magnitudes = [axis for axis in axes if isinstance(axis, MagnitudeAxis) and role in axis.roles]
     if not magnitudes:
-        return readout
-    layer, size = magnitudes[0].layer, readout.shape[-1]
-    at = magnitudes[0].block(magnitudes[0].roles.index("C"), size)
+        return matrix
+    layer, size = magnitudes[0].layer, matrix.shape[-1]
+    at = magnitudes[0].block(magnitudes[0].roles.index(role), size)
     own, V, ratios = kept[0].cpu(), {}, {}
     for adapter in layer.lora_B:
         V[adapter] = directions(layer, adapter)[at].cpu()
@@ -218,7 +229,7 @@ def readout_of_parameters(name: str, axes: list[StateAxis], readout: torch.Tenso
         ratios[axis.adapter] = _ratios(axis.tensor[at].double().cpu(), V[axis.adapter].norm(dim=1))
     active = [] if layer.disable_adapters or layer.merged else [item for item in layer.active_adapters if item in V]
     fitted = next((ratios[item] for item in active), torch.ones(size, dtype=torch.float64))
-    M0 = readout[0].double()
+    M0 = matrix[0].double()
     M = M0 * fitted / fitted[own, None]
     for adapter, ratio in ratios.items():
         wanted = M0 @ (ratio[:, None] * V[adapter])
@@ -226,10 +237,10 @@ def readout_of_parameters(name: str, axes: list[StateAxis], readout: torch.Tenso
         if difference > NOTABLE_DIFFERENCE:
             logger.warning(
                 f"layer {name}: the refit was made for {', '.join(active) or 'the base model'}; of the adapter "
-                f"{adapter!r} it changes the readout by a further {difference:.2g} of its size (DoRA's magnitudes do "
-                "not mix as rows do)"
+                f"{adapter!r} it changes the rows of {role} by a further {difference:.2g} of their size (DoRA's "
+                "magnitudes do not mix as rows do)"
             )
-    return M.to(readout)[None]
+    return M.to(matrix)[None]
 
 
 def effective_weight(layer: nn.Module, name: str = "weight") -> torch.Tensor:

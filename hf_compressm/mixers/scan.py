@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-# Elements of a chunk of states: 16 MiB in float32. Larger chunks fall out of a CPU's cache, smaller ones cost calls.
-CHUNK_ELEMENTS = 2**22
+# Elements of a chunk of states: 4 MiB in float32. Larger ones fall out of a CPU's cache, and their memory goes back to
+# the system each time, so that it has to be asked for, page by page, for the next; smaller ones cost calls.
+CHUNK_ELEMENTS = 2**20
+# An accelerator works off as many as it gets; few chunks are few kernel launches. 128 MiB.
+ACCELERATOR_CHUNK_ELEMENTS = 2**25
+# Channels that sums over channels are estimated from; narrower layers are summed up whole.
+SAMPLED_CHANNELS = 256
 
 
 # Role of a `StateAxis` → what a cut multiplies its rows with: one number, or one for each state that stays.
@@ -82,19 +89,19 @@ class StateAxis:
         """What stays of a tensor of the parameter's shape; arguments as in `index`."""
         return take(values, self.dim, self.index(kept, state_size))
 
-    def read_out(
-        self, values: torch.Tensor, readout: torch.Tensor, kept: torch.Tensor, number: int, state_size: int
+    def mixed(
+        self, values: torch.Tensor, matrix: torch.Tensor, kept: torch.Tensor, number: int, state_size: int
     ) -> torch.Tensor:
-        """The new entries of run `number`, rows of C: M times the old ones, in float64.
+        """The new entries of run `number`, rows of B or C that are refitted: M times the old ones, in float64.
 
         Args:
             values: of the parameter's shape.
-            readout: M, shape (groups, r, N).
+            matrix: M, shape (groups, r, N).
             kept, state_size: as in `index`.
         """
         rows = values.narrow(self.dim, self.block(number, state_size).start, state_size).double()
-        readout = readout.to(rows)
-        return (readout[number % len(readout)] if self.group_dim is None else readout) @ rows
+        matrix = matrix.to(rows)
+        return (matrix[number % len(matrix)] if self.group_dim is None else matrix) @ rows
 
     def factors(self, scales: Scales, state_size: int) -> torch.Tensor | None:
         """What the entries along `dim` are multiplied with; None if nothing is.
@@ -174,6 +181,33 @@ class ScanInputs:
     norm_before_gate: bool = False
     normalization: Normalization | None = None
 
+    def sampled(self, most: int = SAMPLED_CHANNELS) -> ScanInputs:
+        """The recurrence of some channels only, to estimate sums over all of them; B, C and the tokens stay.
+
+        Each channel has a recurrence of its own. Those taken are spread evenly over every group, and so over its
+        heads; no random number is drawn. Behind a gated norm they are spread evenly over what it divides by one root
+        mean square too, which is estimated from them. Sums are not scaled up: what they are used for is relative.
+
+        Args:
+            most: how many channels may be left, over all groups (at least one of each is).
+
+        Returns:
+            These inputs themselves where they have no more channels than that.
+        """
+        groups, channels = self.gain.shape
+        # Within such a block all channels are in one group and under one norm.
+        block = channels if self.norm_size is None else math.gcd(channels, self.norm_size)
+        taken = max(1, most * block // (groups * channels))
+        if taken >= block:
+            return self
+        # The middle of each of as many equal parts, block by block.
+        middles = (2 * torch.arange(taken, device=self.gain.device) + 1) * block // (2 * taken)
+        starts = torch.arange(0, channels, block, device=self.gain.device)
+        index = (starts[:, None] + middles).flatten()
+        per_channel = {name: getattr(self, name)[..., index] for name in ("delta", "x", "gate", "gain", "D")}
+        norm_size = None if self.norm_size is None else self.norm_size // block * taken
+        return dataclasses.replace(self, A=self.A[:, index], norm_size=norm_size, **per_channel)
+
     def weight(self, y: torch.Tensor, start: int) -> torch.Tensor:
         """How much a squared error of y_t[g,d] counts in what the layer passes on: silu(z)² ‖W_out[:,d]‖².
 
@@ -199,28 +233,89 @@ class ScanInputs:
         return weight * self.mask[:, time].transpose(0, 1)[..., None, None]
 
 
-def stream_states(inputs: ScanInputs, chunk_elements: int = CHUNK_ELEMENTS) -> Iterator[tuple[int, torch.Tensor]]:
+def stream_states(inputs: ScanInputs, chunk_elements: int | None = None) -> Iterator[tuple[int, torch.Tensor]]:
     """Run the recurrence and yield its states chunk by chunk, so that never all of them are in memory.
 
     Args:
         inputs: the recurrence.
-        chunk_elements: the most elements that one chunk of states may have (at least one time step is yielded).
+        chunk_elements: as in `run_states`.
 
     Yields:
         The time of the chunk's first step, and the states, shape (steps, batch, groups, channels, N), time first.
         The tensor is only valid until the next chunk is asked for.
     """
-    batch, length, groups, channels = inputs.delta.shape
-    state_size = inputs.B.shape[-1]
-    steps = max(1, chunk_elements // (batch * groups * channels * state_size))
-    state = inputs.B.new_zeros(batch, groups, channels, state_size)
-    for start in range(0, length, steps):
-        time = slice(start, start + steps)
-        delta = inputs.delta[:, time].transpose(0, 1)
-        decay = (delta[..., None] * inputs.A).exp_()
-        drive = (delta * inputs.x[:, time].transpose(0, 1))[..., None]
-        states = drive * inputs.B[:, time].transpose(0, 1)[:, :, :, None, :]
-        for step in range(states.shape[0]):
-            state = states[step].addcmul_(decay[step], state)
-        state = state.clone()
-        yield start, states
+    delta, x, B = (values.transpose(0, 1) for values in (inputs.delta, inputs.x, inputs.B))
+
+    def decay(time: slice) -> torch.Tensor:
+        return (delta[time, ..., None] * inputs.A).exp_()
+
+    for time, states in run_states(decay, delta * x, B, chunk_elements):
+        yield time.start, states
+
+
+def run_states(
+    decay: Callable[[slice], torch.Tensor], drive: torch.Tensor, B: torch.Tensor, chunk_elements: int | None = None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """h_t[g,d,n] = decay_t[g,d,n] h_{t−1}[g,d,n] + drive_t[g,d] B_t[g,n], chunk by chunk, time first.
+
+    On a CPU the steps of a chunk, which fits its cache, follow each other; elsewhere, where each of them would be a
+    kernel launch, they are combined in log₂(steps) rounds.
+
+    Args:
+        decay: a slice of time → shape (steps, batch, groups, channels, N or 1).
+        drive: shape (length, batch, groups, channels).
+        B: shape (length, batch, groups, N).
+        chunk_elements: the most elements that one chunk of states may have (at least one time step is yielded); None:
+            what suits the device.
+
+    Yields:
+        The chunk's time, and its states, shape (steps, batch, groups, channels, N).
+    """
+    on_cpu = drive.device.type == "cpu"
+    if chunk_elements is None:
+        chunk_elements = CHUNK_ELEMENTS if on_cpu else ACCELERATOR_CHUNK_ELEMENTS
+    combine = recur if on_cpu else recur_by_doubling
+    steps = max(1, chunk_elements // (drive[0].numel() * B.shape[-1]))
+    state = B.new_zeros(*drive.shape[1:], B.shape[-1])
+    for start in range(0, len(drive), steps):
+        time = slice(start, min(start + steps, len(drive)))
+        decays = decay(time)
+        states = drive[time, ..., None] * B[time, :, :, None, :]
+        states[0].addcmul_(decays[0], state)
+        combine(decays, states)
+        # The reader may change the chunk.
+        state = states[-1].clone()
+        yield time, states
+
+
+def recur(decay: torch.Tensor, states: torch.Tensor) -> None:
+    """Turn what drives each step into its state, in place: h_t = decay_t h_{t−1} + drive_t.
+
+    Args:
+        decay: shape (steps, ...).
+        states: the drives, shape (steps, ...); that of the first step is its state already.
+    """
+    for step in range(1, len(states)):
+        states[step].addcmul_(decay[step], states[step - 1])
+
+
+def recur_by_doubling(decay: torch.Tensor, states: torch.Tensor) -> None:
+    """The same without a loop over steps, by a prefix scan (Hillis and Steele, 1986).
+
+    After each round, a step has taken up what twice as many steps before it have left.
+    """
+    decay, reach = decay.clone(), 1
+    while reach < len(states):
+        # Both sides overlap, so nothing may be written before all of it is read.
+        states[reach:] = torch.addcmul(states[reach:], decay[reach:], states[:-reach])
+        decay[reach:] = decay[reach:] * decay[:-reach]
+        reach *= 2
+
+
+def scan_output(inputs: ScanInputs) -> torch.Tensor:
+    """What the recurrence and the skip put out, y_t + D x_t, shape (batch, length, groups, channels)."""
+    parts = []
+    for start, states in stream_states(inputs):
+        C = inputs.C[:, start : start + len(states)].transpose(0, 1)
+        parts.append((states @ C[..., None]).squeeze(-1))
+    return torch.cat(parts).transpose(0, 1) + inputs.D * inputs.x

@@ -127,8 +127,7 @@ class TrainingState:
             except ValueError:
                 steps = []
             entry["scheduled_step"] = max((step for step in steps if done < step <= self.step), default=self.step)
-            mixers = list(find_mixers(work.skeleton.model_after).values())
-            self.progress["stopped"] = target_is_reached(config, self.history, mixers)
+            self.progress["stopped"] = target_is_reached(config, self.history, find_mixers(work.skeleton.model_after))
             self.progress["recording"] = not self.progress["stopped"] and any(step > self.step for step in steps)
         self.pending = self.progress["recording"]
 

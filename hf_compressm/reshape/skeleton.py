@@ -84,7 +84,7 @@ class Skeleton:
             mixer = mixers[layer_name]
             if layer.realization == "stock":
                 for axis in mixer.axes:
-                    if layer.readout is not None and isinstance(axis, MagnitudeAxis) and "C" in axis.roles:
+                    if isinstance(axis, MagnitudeAxis) and any(role in layer.mixtures for role in axis.roles):
                         raise ValueError(
                             f"layer {layer_name}: the refit of DoRA's magnitudes takes several tensors at once, which "
                             "here pass through one by one; cut the model itself (compress_)"

@@ -14,18 +14,20 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
+import math
 import multiprocessing
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from quality import TASKS, train
 from reporting import RESULTS, write_results
 from speed import describe_machine
-from transformers import AutoConfig, AutoModelForCausalLM
+from tasks import TASKS, Batch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from hf_compressm import CompreSSMConfig, compress_, find_mixers, measure, plan_compression
@@ -94,6 +96,19 @@ class Bench:
     kept: int = 8
     calibration_sequences: int = 128
     evaluation_sequences: int = 128
+
+
+def train(model: PreTrainedModel, batches: Iterator[Batch], steps: int, rate: float) -> None:
+    """AdamW; warm-up over a fifth of the steps, and a cosine to zero."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.0)
+    model.train()
+    for step in range(steps):
+        warm = min(1.0, (step + 1) / max(1, steps // 5))
+        optimizer.param_groups[0]["lr"] = rate * warm * (1 + math.cos(math.pi * step / steps)) / 2
+        model(**next(batches)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def run(model_type: str, bench: Bench, seed: int = 0) -> dict[str, Any]:

@@ -1,136 +1,83 @@
 """How fast a training step is against N, and what a cut costs: time, in training steps, and memory.
 
-    python recipes/bench/speed.py                    # minutes; writes speed-cpu.json and .md to recipes/bench/results/
+    python recipes/bench/speed.py                    # ten minutes; writes speed-cpu.json and .md to results/
     python recipes/bench/speed.py --quick            # about a minute, to try it out
+    python recipes/bench/speed.py --large            # one cut of 130M parameters: half an hour and 20 GB of memory
     python recipes/bench/speed.py --device cuda      # wider and longer; Mamba's CUDA kernels if they are installed
 
 Measured on stock Transformers models with random weights and random data: (a) milliseconds per training step against
 N; (b) the step of a cut model against one born at that size, in turns, as a ratio; (c) one cut, split into its parts,
 in training steps of the same batch; (d) the peak memory of a cut against that of a training step; (e) training step
-and decoding of Mamba-2 uncut, cut to a stock model, and projected. Medians with the smallest and largest value;
-nothing here is a test. On a CPU set glibc's malloc to keep memory (`make bench` does): page faults dominate otherwise.
-The environment is written down with the results.
+and decoding of Mamba-2 uncut, cut to a stock model, and projected; (f) a whole run with a cut against one without;
+(g) what is left of a step without states, and so how much a cut could save at most; (h) decoding and long prompts
+against N; (i) the peak memory of a training step before and after a cut; and, with --large, (j) what a cut of a
+130M-parameter model costs. Medians with the smallest and largest value; nothing here is a test, but goals are judged.
+On a CPU set glibc's malloc to keep memory (`make bench` does): page faults dominate otherwise. The environment is
+written down with the results. `make bench-gpu` measures more on a GPU (gpu.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import datetime
-import importlib.metadata
+import itertools
 import logging
-import os
-import platform
-import resource
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from decoding import generation_ms, state_bytes, time_decoding
+from peak_memory import cut_against_step, step_after_cut
 from reporting import RESULTS, write_results
-from transformers import Mamba2Config, Mamba2ForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
+from scan_kernels import choose_kernels, describe_kernels
+from speed_tables import judge, large_markdown, markdown
+from transformers.utils import logging as transformers_logging
+from workloads import WORKLOADS, Training, Workload, describe_machine, in_turns, random_batches, spread
 
 from hf_compressm import CompreSSMConfig, Compressor, compress
 
-
-@dataclass(frozen=True)
-class Workload:
-    """Sizes of the models and of a batch, and how often a step is timed."""
-
-    hidden_size: int = 64
-    layers: int = 2
-    batch: int = 32
-    length: int = 64
-    rounds: int = 9
-    sizes: tuple[int, ...] = (128, 64, 32, 16, 12, 8)
-    cuts: tuple[tuple[int, int], ...] = ((128, 12), (64, 16))
-
-
-WORKLOADS = {
-    "cpu": Workload(),
-    "quick": Workload(hidden_size=16, batch=32, length=64, rounds=2, sizes=(32, 8), cuts=((32, 8),)),
-    "cuda": Workload(hidden_size=768, layers=4, batch=8, length=1024, rounds=25),
-}
-
-
-class Training:
-    """A model, its optimizer and one batch."""
-
-    def __init__(self, architecture: str, state_size: int, work: Workload, device: str) -> None:
-        torch.manual_seed(0)
-        common = {
-            "vocab_size": 256,
-            "hidden_size": work.hidden_size,
-            "state_size": state_size,
-            "num_hidden_layers": work.layers,
-            "pad_token_id": 0,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-        }
-        if architecture == "mamba":
-            model: PreTrainedModel = MambaForCausalLM(MambaConfig(**common, use_mambapy=True))
-        else:
-            head_dim = min(64, work.hidden_size)
-            heads = 2 * work.hidden_size // head_dim
-            config = Mamba2Config(**common, num_heads=heads, head_dim=head_dim, n_groups=1, chunk_size=64)
-            model = Mamba2ForCausalLM(config)
-        self.device = device
-        self.model = model.to(device)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
-        self.batch = torch.randint(256, (work.batch, work.length), device=device)
-
-    def decode(self, new_tokens: int = 24) -> float:
-        """One token of cached greedy generation, in milliseconds."""
-        self.model.eval()
-        start = time.perf_counter()
-        self.model.generate(
-            self.batch[:, :8],
-            attention_mask=torch.ones_like(self.batch[:, :8]),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
-            do_sample=False,
-        )
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        self.model.train()
-        return 1000 * (time.perf_counter() - start) / new_tokens
-
-    def step(self) -> float:
-        """One training step, in milliseconds."""
-        start = time.perf_counter()
-        self.model(self.batch, labels=self.batch).loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        return 1000 * (time.perf_counter() - start)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values), "count": len(values)}
-
-
-def in_turns(rounds: int, *actions: Callable[[], float]) -> list[list[float]]:
-    """Values of each action, all called once a round, so that a drift of the machine meets them alike."""
-    for _ in range(2):
-        for action in actions:
-            action()
-    values = [[action() for action in actions] for _ in range(rounds)]
-    return [list(column) for column in zip(*values, strict=True)]
+ARCHITECTURES = ("mamba", "mamba2")
+# What a model of each architecture can be cut to.
+REALIZATIONS = {"mamba": ("stock",), "mamba2": ("stock", "projected")}
+# A whole run's two sides take turns so often.
+TURNS = 10
 
 
 def time_steps(architecture: str, work: Workload, device: str) -> list[dict[str, Any]]:
-    """(a) Milliseconds per step against N."""
-    trainings = [Training(architecture, size, work, device) for size in work.sizes]
+    """(a) Milliseconds per step against N; the last row is N = 1, for (g)."""
+    sizes = (*work.sizes, 1)
+    trainings = [Training(architecture, size, work, device) for size in sizes]
     columns = in_turns(work.rounds, *(training.step for training in trainings))
     return [
         {"architecture": architecture, "state_size": size, "step_ms": spread(column)}
-        for size, column in zip(work.sizes, columns, strict=True)
+        for size, column in zip(sizes, columns, strict=True)
+    ]
+
+
+def compare_with_limit(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """(g) Amdahl's law: what share of the time that depends on N a smaller N saves.
+
+    Args:
+        rows: one architecture's step times, the largest N first and N = 1 last.
+    """
+    step_ms = [row["step_ms"]["median"] for row in rows]
+    full, limit = step_ms[0], step_ms[-1]
+    return [
+        {
+            "architecture": row["architecture"],
+            "largest": rows[0]["state_size"],
+            "state_size": row["state_size"],
+            "step_ms": value,
+            "limit_ms": limit,
+            "speed_up": full / value,
+            "largest_speed_up": full / limit,
+            "share": (full - value) / (full - limit),
+        }
+        for row, value in zip(rows[1:-1], step_ms[1:-1], strict=True)
     ]
 
 
@@ -140,8 +87,8 @@ def compare_with_born_small(architecture: str, work: Workload, device: str) -> l
     for before, after in work.cuts:
         cut, born = Training(architecture, before, work, device), Training(architecture, after, work, device)
         cut.step()
-        compress(cut.model, [cut.batch], CompreSSMConfig(state_size=after), cut.optimizer)
-        ours, theirs = in_turns(3 * work.rounds, cut.step, born.step)
+        compress(cut.model, [cut.batch], CompreSSMConfig(state_size=after, realization="stock"), cut.optimizer)
+        ours, theirs = in_turns(4 * work.rounds, cut.step, born.step)
         ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
         results.append(
             {
@@ -160,34 +107,65 @@ def time_cuts(architecture: str, work: Workload, device: str) -> list[dict[str, 
     results = []
     for before, after in work.cuts:
         original = Training(architecture, before, work, device)
-        seconds: dict[str, list[float]] = {}
-        step_ms: list[float] = []
+        cuts = []
         for _ in range(max(3, work.rounds // 3) + 1):
             training = copy.deepcopy(original)
             # AdamW must hold the copy's parameters.
             training.optimizer = torch.optim.AdamW(training.model.parameters(), lr=1e-4)
-            compressor = Compressor(
-                CompreSSMConfig(state_size=after, schedule=[999]), training.model, training.optimizer, total_steps=1000
-            )
-            while compressor.recorder.tokens < compressor.wanted_tokens:
-                step_ms.append(training.step())
-            tokens = compressor.recorder.tokens
-            for part, value in compressor.cut().seconds.items():
-                seconds.setdefault(part, []).append(value)
+            cuts.append(cut_once(training, CompreSSMConfig(state_size=after, schedule=[999])))
         # The first round warms up.
-        parts = {part: statistics.median(values[1:]) for part, values in seconds.items()}
-        step = statistics.median(step_ms[len(step_ms) // 4 :])
-        results.append(
-            {
-                "architecture": architecture,
-                "state_size": f"{before} → {after}",
-                "tokens": tokens,
-                "step_ms": step,
-                "parts_ms": {part: 1000 * value for part, value in parts.items()},
-                "steps": 1000 * sum(parts.values()) / step,
-            }
-        )
+        parts = {part: statistics.median(cut["parts_ms"][part] for cut in cuts[1:]) for part in cuts[0]["parts_ms"]}
+        step_ms = [value for cut in cuts for value in cut["step_ms"]]
+        results.append(cut_row(architecture, before, after, cuts[0]["tokens"], step_ms[len(step_ms) // 4 :], parts))
     return results
+
+
+def time_large_cut(name: str, device: str) -> dict[str, Any]:
+    """(j) One cut of a large model: time in training steps, and memory."""
+    work, architecture = WORKLOADS[name], "mamba"
+    before, after = work.cuts[0]
+    # Before this process takes memory: glibc may not give it back.
+    memory = cut_against_step(name, architecture, device)
+    training = Training(architecture, before, work, device)
+    parameters = training.model.num_parameters()
+    # The first step warms up.
+    training.step()
+    step_ms = [training.step() for _ in range(work.rounds)]
+    cut = cut_once(training, CompreSSMConfig(state_size=after, schedule=[999]))
+    row = cut_row(architecture, before, after, cut["tokens"], step_ms + cut["step_ms"], cut["parts_ms"])
+    return {"parameters": parameters} | row | memory
+
+
+def cut_once(training: Training, config: CompreSSMConfig) -> dict[str, Any]:
+    """Train until the package has seen the tokens that it asks for, and cut.
+
+    Args:
+        config: what to cut; its schedule is later than these steps.
+
+    Returns:
+        `step_ms` of these steps, the cut's `parts_ms`, and the `tokens` that it was decided on.
+    """
+    compressor = Compressor(config, training.model, training.optimizer, total_steps=1000)
+    step_ms = []
+    while compressor.recorder.tokens < compressor.wanted_tokens:
+        step_ms.append(training.step())
+    tokens = compressor.recorder.tokens
+    parts_ms = {part: 1000 * seconds for part, seconds in compressor.cut().seconds.items()}
+    return {"step_ms": step_ms, "parts_ms": parts_ms, "tokens": tokens}
+
+
+def cut_row(
+    architecture: str, before: int, after: int, tokens: int, step_ms: list[float], parts_ms: dict[str, float]
+) -> dict[str, Any]:
+    step = statistics.median(step_ms)
+    return {
+        "architecture": architecture,
+        "state_size": f"{before} → {after}",
+        "tokens": tokens,
+        "step_ms": step,
+        "parts_ms": parts_ms,
+        "steps": sum(parts_ms.values()) / step,
+    }
 
 
 def compare_realizations(work: Workload, device: str) -> list[dict[str, Any]]:
@@ -201,12 +179,18 @@ def compare_realizations(work: Workload, device: str) -> list[dict[str, Any]]:
                 config = CompreSSMConfig(state_size=after, realization=name)
                 compress(training.model, [training.batch] * 2, config, training.optimizer)
         steps = in_turns(2 * work.rounds, *(training.step for training in trainings.values()))
-        tokens = in_turns(work.rounds, *(training.decode for training in trainings.values()))
+        tokens = in_turns(
+            work.rounds,
+            *(
+                lambda training=training: generation_ms(training.model, training.batch[:, :8], 24) / 24
+                for training in trainings.values()
+            ),
+        )
         for (name, training), step_ms, token_ms in zip(trainings.items(), steps, tokens, strict=True):
             results.append(
                 {
                     "realization": name,
-                    "state_size": f"{before} → {training.model.config.state_size}",
+                    "state_size": f"{before} → {before if name == 'uncut' else after}",
                     "parameters": training.model.num_parameters(),
                     "step_ms": spread(step_ms),
                     "token_ms": spread(token_ms),
@@ -215,161 +199,138 @@ def compare_realizations(work: Workload, device: str) -> list[dict[str, Any]]:
     return results
 
 
-def peak_bytes(phase: str, architecture: str, work: Workload, device: str) -> int:
-    """The peak memory of this process after one phase: `model`, `step` or `cut` (without a step before)."""
+def time_runs(architecture: str, work: Workload, device: str) -> list[dict[str, Any]]:
+    """(f) A run cut at a fifth and one at full size, from end to end, on the same data and in turns."""
+    return [compare_runs(architecture, realization, work, device) for realization in REALIZATIONS[architecture]]
+
+
+def compare_runs(architecture: str, realization: str, work: Workload, device: str) -> dict[str, Any]:
+    """One row of (f)."""
     before, after = work.cuts[0]
-    training = Training(architecture, before, work, device)
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    if phase == "step":
-        training.step()
-    elif phase == "cut":
-        count = -(-max(4096, 2 * before * after) // training.batch.numel())
-        compress(training.model, [training.batch] * count, CompreSSMConfig(state_size=after))
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    status = Path("/proc/self/status")
-    if status.exists():
-        # Linux hands getrusage's maximum down from the process that started this one; VmHWM begins anew.
-        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def measure_memory(architecture: str, arguments: argparse.Namespace, work: Workload) -> dict[str, Any]:
-    """(d) Peaks of separate processes, above that of the model alone."""
-    peaks = {}
-    for phase in ("model", "step", "cut"):
-        command = [sys.executable, __file__, "--phase", phase, "--architecture", architecture]
-        command += ["--device", arguments.device, *(["--quick"] if arguments.quick else [])]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        peaks[phase] = int(output.split()[-1])
+    full, cut = Training(architecture, before, work, device), Training(architecture, before, work, device)
+    config = CompreSSMConfig(state_size=after, realization=realization)
+    compressor = Compressor(config, cut.model, cut.optimizer, total_steps=work.run_steps)
+    batches = list(random_batches(work, device, work.run_steps))
+    full_s = cut_run_s = 0.0
+    full_ms: list[float] = []
+    cut_ms: list[float] = []
+    for turn in range(TURNS):
+        part = batches[turn * work.run_steps // TURNS : (turn + 1) * work.run_steps // TURNS]
+        start = time.perf_counter()
+        full_ms += [full.step(batch) for batch in part]
+        middle = time.perf_counter()
+        for batch in part:
+            step_ms = cut.step(batch)
+            if compressor.history:
+                cut_ms.append(step_ms)
+            compressor.step()
+        end = time.perf_counter()
+        full_s, cut_run_s = full_s + middle - start, cut_run_s + end - middle
+    if not compressor.history or compressor.history[0]["status"] != "cut":
+        raise RuntimeError(f"the run of {architecture} was to be cut, but its history is {compressor.history}")
     return {
         "architecture": architecture,
-        "state_size": "{} → {}".format(*work.cuts[0]),
-        "step_mib": (peaks["step"] - peaks["model"]) / 2**20,
-        "cut_mib": (peaks["cut"] - peaks["model"]) / 2**20,
+        "realization": realization,
+        "state_size": f"{before} → {after}",
+        "steps": work.run_steps,
+        "cut_at_step": compressor.history[0]["step"],
+        "full_s": full_s,
+        "cut_run_s": cut_run_s,
+        "cut_s": sum(compressor.history[0]["seconds"].values()),
+        "full_step_ms": spread(full_ms),
+        "cut_step_ms": spread(cut_ms),
+        "run_ratio": full_s / cut_run_s,
+        "step_ratio": statistics.median(full_ms) / statistics.median(cut_ms),
     }
 
 
-def describe_machine(device: str) -> dict[str, Any]:
-    """What the numbers depend on."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=RESULTS.parent).stdout
-    installed = {}
-    for name in ("torch", "transformers", "mambapy", "mamba-ssm", "hf-compressm"):
-        try:
-            installed[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            installed[name] = None
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else cpu,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "versions": installed,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.strip() or None,
-        "environment": {key: value for key, value in os.environ.items() if key.startswith(("MALLOC_", "OMP_"))},
+def compare_decoding(architecture: str, work: Workload, device: str) -> list[dict[str, Any]]:
+    """(h) Generation by models of every N: state, one sequence, a batch of them, and a long prompt."""
+    rows = []
+    for realization, size in itertools.product(REALIZATIONS[architecture], work.sizes):
+        if realization == "projected":
+            if size == work.sizes[0]:
+                continue
+            training = Training(architecture, work.sizes[0], work, device)
+            # Equal sizes in every layer: how they are shared out is no matter of speed.
+            config = CompreSSMConfig(state_size=[size] * work.layers, realization="projected")
+            compress(training.model, [training.batch] * 2, config)
+        else:
+            training = Training(architecture, size, work, device)
+        row = {"architecture": architecture, "realization": realization, "state_size": size}
+        rows.append((row | {"state_bytes": state_bytes(training.model)}, training.model))
+    models = [model for _, model in rows]
+    timed = {
+        "one": time_decoding(models, 1, 8, work.new_tokens, work.rounds),
+        "batch": time_decoding(models, work.batch, 8, work.new_tokens, work.rounds),
+        "long": time_decoding(models, 1, work.prompt, work.new_tokens, work.rounds),
     }
+    return [row | {key: values[i] for key, values in timed.items()} for i, (row, _) in enumerate(rows)]
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The results as tables."""
-    machine, work = results["machine"], results["workload"]
-    lines = [
-        f"# Speed on {machine['device']}",
-        "",
-        f"{machine['threads']} threads, torch {machine['versions']['torch']}, transformers "
-        f"{machine['versions']['transformers']}, {machine['date']}. Hidden size {work['hidden_size']}, "
-        f"{work['layers']} layers, {work['batch']} sequences of {work['length']} tokens. "
-        "Median (smallest to largest).",
-        "",
-        "## (a) Training step against N",
-        "",
-        "| architecture | N | ms per step |",
-        "|---|---|---|",
-        *(
-            f"| {row['architecture']} | {row['state_size']} | {_spread(row['step_ms'], 1)} |"
-            for row in results["steps"]
-        ),
-        "",
-        "## (b) After a cut, against a model born at that size",
-        "",
-        "| architecture | N | cut, ms | born, ms | ratio |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {row['architecture']} | {row['state_size']} | {row['cut_ms']['median']:.1f} "
-            f"| {row['born_ms']['median']:.1f} | {_spread(row['ratio'], 3)} |"
-            for row in results["born_small"]
-        ),
-        "",
-        "## (c) What one cut costs",
-        "",
-        "| architecture | N | tokens | step, ms | measure, ms | plan, ms | check, ms | apply, ms | in steps |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *(
-            f"| {row['architecture']} | {row['state_size']} | {row['tokens']:,} | {row['step_ms']:.0f} | "
-            + " | ".join(f"{row['parts_ms'][part]:.0f}" for part in ("measure", "plan", "check", "apply"))
-            + f" | {row['steps']:.2f} |"
-            for row in results["cuts"]
-        ),
-        "",
-        "## (d) Peak memory above the model, MiB",
-        "",
-        "| architecture | N | training step | cut |",
-        "|---|---|---|---|",
-        *(
-            f"| {row['architecture']} | {row['state_size']} | {row['step_mib']:.0f} | {row['cut_mib']:.0f} |"
-            for row in results["memory"]
-        ),
-        "",
-        "## (e) Mamba-2, by realization",
-        "",
-        "| realization | N | parameters | ms per training step | ms per decoded token of each sequence |",
-        "|---|---|---|---|---|",
-        *(
-            f"| {row['realization']} | {row['state_size']} | {row['parameters']:,} | {_spread(row['step_ms'], 1)} "
-            f"| {_spread(row['token_ms'], 2)} |"
-            for row in results["realizations"]
-        ),
+def measure_all(name: str, work: Workload, device: str) -> dict[str, Any]:
+    """Parts (a) to (i)."""
+
+    def say(part: str) -> None:
+        print(f"measuring {part} ...", file=sys.stderr, flush=True)
+
+    results: dict[str, Any] = {}
+    say("steps")
+    steps = [time_steps(kind, work, device) for kind in ARCHITECTURES]
+    results["steps"] = [row for rows in steps for row in rows[:-1]]
+    results["limit"] = [row for rows in steps for row in compare_with_limit(rows)]
+    parts = {
+        "born_small": compare_with_born_small,
+        "cuts": time_cuts,
+        "runs": time_runs,
+        "decoding": compare_decoding,
+    }
+    for key, measure in parts.items():
+        say(key)
+        results[key] = [row for kind in ARCHITECTURES for row in measure(kind, work, device)]
+    say("memory")
+    results["memory"] = [cut_against_step(name, kind, device) for kind in ARCHITECTURES]
+    results["training_memory"] = [
+        {
+            "architecture": row["architecture"],
+            "realization": realization,
+            "state_size": row["state_size"],
+            "before_mib": row["step_mib"],
+            "after_mib": step_after_cut(name, row["architecture"], realization, device),
+        }
+        for row in results["memory"]
+        for realization in REALIZATIONS[row["architecture"]]
     ]
-    return "\n".join(lines) + "\n"
-
-
-def _spread(values: dict[str, float], digits: int) -> str:
-    return f"{values['median']:.{digits}f} ({values['min']:.{digits}f} to {values['max']:.{digits}f})"
+    say("realizations")
+    results["realizations"] = compare_realizations(work, device)
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny models, to try it out")
+    parser.add_argument("--large", action="store_true", help="only (j), one cut of a 130M-parameter model")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the JSON and the Markdown file go")
-    parser.add_argument("--phase", choices=("model", "step", "cut"), help=argparse.SUPPRESS)
-    parser.add_argument("--architecture", choices=("mamba", "mamba2"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
-    name = "quick" if arguments.quick else arguments.device
+    transformers_logging.disable_progress_bar()
+    device = arguments.device
+    name = ("large-quick" if arguments.quick else "large") if arguments.large else "quick"
+    if not arguments.quick and not arguments.large:
+        name = device
     work = WORKLOADS[name]
-    if arguments.phase is not None:
-        print(peak_bytes(arguments.phase, arguments.architecture, work, arguments.device))
-        return
-
-    results: dict[str, Any] = {"machine": describe_machine(arguments.device), "workload": asdict(work)}
-    architectures = ("mamba", "mamba2")
-    for key, measure in (("steps", time_steps), ("born_small", compare_with_born_small), ("cuts", time_cuts)):
-        print(f"measuring {key} ...", file=sys.stderr, flush=True)
-        results[key] = [row for kind in architectures for row in measure(kind, work, arguments.device)]
-    print("measuring memory ...", file=sys.stderr, flush=True)
-    results["memory"] = [measure_memory(kind, arguments, work) for kind in architectures]
-
-    print("measuring realizations ...", file=sys.stderr, flush=True)
-    results["realizations"] = compare_realizations(work, arguments.device)
-
-    write_results(arguments.output, f"speed-{name}", results, markdown(results))
+    if device == "cuda":
+        for note in choose_kernels():
+            print(note, file=sys.stderr)
+    kernels = {kind: describe_kernels(kind) for kind in ARCHITECTURES}
+    for kind, text in kernels.items():
+        print(f"{kind} computes with: {text}", file=sys.stderr)
+    results: dict[str, Any] = {"machine": describe_machine(device), "workload": asdict(work), "kernels": kernels}
+    results |= {"large": [time_large_cut(name, device)]} if arguments.large else measure_all(name, work, device)
+    results["goals"] = judge(results, device)
+    file = f"speed-large-{device}" if name == "large" else f"speed-{name}"
+    write_results(arguments.output, file, results, (large_markdown if arguments.large else markdown)(results))
 
 
 if __name__ == "__main__":

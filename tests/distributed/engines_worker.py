@@ -25,10 +25,10 @@ from torch.nn.parallel import DistributedDataParallel
 from train_worker import digest
 from training import config
 
+import hf_compressm.drive
 import hf_compressm.planning
 import hf_compressm.projection
 import hf_compressm.statistics
-import hf_compressm.token_systems
 from hf_compressm import Compressor
 from hf_compressm.distributed.fsdp2 import full_tensor
 
@@ -86,7 +86,7 @@ class Loop:
         self.sharded: list[bool] = []
         rows = CUT_AFTER * sum(part.numel() for part in self.parts(1))
         wanted = rows - (self.parts(1)[1].numel() if forgetful else 0)
-        settings = config(**{"calibration_tokens": wanted, "schedule": [CUT_AFTER]} | options)
+        settings = config(**{"calibration_tokens": wanted, "schedule": [CUT_AFTER], "refit_penalty": 3.0} | options)
         self.compressor = Compressor(settings, self.wrapped, self.optimizer, total_steps=STEPS)
 
     def parts(self, step: int) -> list[torch.Tensor]:
@@ -207,7 +207,7 @@ def one_fails() -> dict[str, Any]:
 @contextmanager
 def counted_work() -> Iterator[dict[str, int]]:
     """Within this context, what this process does of a cut: states run through, by purpose, and layers fitted."""
-    work = {"statistics": 0, "token_systems": 0, "projection": 0, "layers": 0}
+    work = {"statistics": 0, "drive": 0, "projection": 0, "layers": 0}
     patch = []
 
     def replace(module: Any, name: str, new: Any) -> None:
@@ -215,8 +215,8 @@ def counted_work() -> Iterator[dict[str, int]]:
         setattr(module, name, new)
 
     def counting(purpose: str, stream: Callable) -> Callable:
-        def counted(inputs: Any) -> Iterator[Any]:
-            for start, states in stream(inputs):
+        def counted(*inputs: Any) -> Iterator[Any]:
+            for start, states in stream(*inputs):
                 work[purpose] += states.numel()
                 yield start, states
 
@@ -226,9 +226,10 @@ def counted_work() -> Iterator[dict[str, int]]:
         work["layers"] += 1
         return original(*args)
 
-    for purpose in ("statistics", "token_systems", "projection"):
+    for purpose in ("statistics", "drive", "projection"):
         module = getattr(hf_compressm, purpose)
         replace(module, "stream_states", counting(purpose, module.stream_states))
+    replace(hf_compressm.drive, "run_states", counting("drive", hf_compressm.drive.run_states))
     replace(hf_compressm.planning, "_plan_layer", fitted)
     try:
         yield work

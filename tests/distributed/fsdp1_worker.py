@@ -55,6 +55,7 @@ def summary(plan: CompressionPlan) -> dict:
         "kept": [layer.kept.tolist() for layer in layers],
         "errors": [layer.relative_error for layer in layers],
         "readouts": [layer.readout.flatten().tolist() for layer in layers],
+        "drives": [layer.drive.flatten().tolist() for layer in layers],
         "refits": [layer.refit for layer in layers],
         "tokens": plan.tokens,
     }

@@ -67,8 +67,8 @@ def test_a_process_that_fails_while_planning_makes_all_fail(runs):
 def test_the_work_is_shared_out(runs, name):
     """Counted, not timed: states that are run through, and layers that are ranked and fitted."""
     alone = engines_worker.work(name, None)
-    kinds = ("statistics", "token_systems", "projection")
-    assert all(alone[kind] > 0 for kind in (["statistics", "token_systems"] if name == "selection" else kinds[::2]))
+    kinds = ("statistics", "drive", "projection")
+    assert all(alone[kind] > 0 for kind in (["statistics", "drive"] if name == "selection" else kinds[::2]))
     shares = [process["work"][name] for process in runs]
     for kind in alone:
         # Nothing is left out, and nothing is done twice.

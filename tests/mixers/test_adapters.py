@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from hf_compressm import CompreSSMConfig, StateStatistics, compress_, find_mixers, measure, plan_compression
-from hf_compressm.mixers.adapters import bypassed_adapters, effective_weight, readout_of_parameters
+from hf_compressm.mixers.adapters import bypassed_adapters, effective_weight, mixture_of_parameters
 from hf_compressm.mixers.resize import resize_mixer
 
 MAMBA, MAMBA2 = MAMBA1_FAMILY["mamba"], MAMBA2_FAMILY["mamba2"]
@@ -129,13 +129,19 @@ def test_measured_is_what_is_active(name, state):
 def test_a_cut_is_that_of_the_model_with_its_adapters_merged(case):
     model = adapted(*case)
     reference = without_adapters(model)
-    plan = plan_compression(reference, measure(reference, [tokens()]), CompreSSMConfig(state_size=5))
+    config = CompreSSMConfig(state_size=5, realization="stock")
+    plan = plan_compression(reference, measure(reference, [tokens()]), config)
+    if case[0] in (MAMBA, MAMBA1_FAMILY["zamba"]):
+        assert all(set(layer.mixtures) == {"B", "C"} for layer in plan.layers.values())
     mixers = find_mixers(model)
+    fields = {"B": "drive", "C": "readout"}
     layers = {
-        name: layer
-        if layer.readout is None
-        else dataclasses.replace(
-            layer, readout=readout_of_parameters(name, mixers[name].axes, layer.readout, layer.kept)
+        name: dataclasses.replace(
+            layer,
+            **{
+                fields[role]: mixture_of_parameters(name, mixers[name].axes, matrix, layer.kept, role)
+                for role, matrix in layer.mixtures.items()
+            },
         )
         for name, layer in plan.layers.items()
     }
@@ -209,11 +215,12 @@ def test_lora_with_a_bias_of_its_own():
     compress_(model, plan)
     layer, rank = plan.layers["backbone.layers.0.mixer"], before.shape[1] - 16
     delta, B, C = before.split([rank, 8, 8], dim=1)
-    expected = torch.cat([delta, B[:, layer.kept[0]], C @ layer.readout[0].T], dim=1)
+    assert layer.drive is not None
+    expected = torch.cat([delta, B @ layer.drive[0].T, C @ layer.readout[0].T], dim=1)
     torch.testing.assert_close(x_proj(x), expected)
 
 
-def test_doras_readout_is_exact_for_the_active_adapter_and_a_warning_tells_of_others(caplog, monkeypatch):
+def test_doras_rows_are_exact_for_the_active_adapter_and_a_warning_tells_of_others(caplog, monkeypatch):
     monkeypatch.setattr(logging.getLogger("hf_compressm"), "propagate", True)
     tiny, options = CASES["DoRA"]
     model = adapted(tiny, options)
@@ -226,17 +233,31 @@ def test_doras_readout_is_exact_for_the_active_adapter_and_a_warning_tells_of_ot
     kept = torch.tensor([KEPT])
     # Without a refit nothing is mixed, and DoRA is exact for all.
     selection = torch.eye(8)[kept]
-    assert torch.equal(readout_of_parameters("", mixer.axes, selection, kept)[0], selection[0]) and not caplog.text
-    M0 = torch.randn(1, 5, 8, generator=torch.Generator().manual_seed(0))
-    with caplog.at_level(logging.WARNING):
-        M = readout_of_parameters(mixer.name, mixer.axes, M0, kept)
-    assert "'default'" in caplog.text and "'second'" not in caplog.text
+    for role in "BC":
+        assert torch.equal(mixture_of_parameters("", mixer.axes, selection, kept, role)[0], selection[0])
+    assert not caplog.text
+    generator, M0, M = torch.Generator().manual_seed(0), {}, {}
+    for role in "BC":
+        M0[role] = torch.randn(1, 5, 8, generator=generator)
+        with caplog.at_level(logging.WARNING):
+            M[role] = mixture_of_parameters(mixer.name, mixer.axes, M0[role], kept, role)
+        assert f"of the adapter 'default' it changes the rows of {role} by a further" in caplog.text
+        assert "'second'" not in caplog.text
+        caplog.clear()
     plan = selection_plan(model, KEPT)
-    layers = {name: dataclasses.replace(layer, readout=M) for name, layer in plan.layers.items()}
+    # Of the second layer, C alone: the rows of B are then only selected.
+    drives = (M["B"], None)
+    layers = {
+        name: dataclasses.replace(layer, readout=M["C"], drive=drive)
+        for (name, layer), drive in zip(plan.layers.items(), drives, strict=True)
+    }
+    other = find_mixers(model)["backbone.layers.1.mixer"].module.x_proj
+    untouched = effective_weight(other)
     compress_(model, dataclasses.replace(plan, layers=layers))
     after = effective_weight(x_proj)
-    torch.testing.assert_close(after[rank + 5 :], M0[0] @ before[rank + 8 :], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(after[rank : rank + 5], before[rank + kept[0]])
+    torch.testing.assert_close(after[rank + 5 :], M0["C"][0] @ before[rank + 8 :], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(after[rank : rank + 5], M0["B"][0] @ before[rank : rank + 8], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(effective_weight(other)[rank : rank + 5], untouched[rank + kept[0]])
 
 
 def test_resizing_keeps_adapters_and_their_layers_together(case):

@@ -204,13 +204,14 @@ def test_a_measured_curve_does_not_fall_with_fewer_states(monkeypatch, size, tri
     assert curve[7 if size == 8 else 8] == pytest.approx(errors[7 if size == 8 else 8])
 
 
-def test_a_fit_of_one_head_alone_is_named():
+@pytest.mark.parametrize(("rounds", "method"), [(0, "conjugate gradients"), (2, "alternating least squares")])
+def test_a_fit_of_one_head_alone_is_named(rounds, method):
     model = build("zamba")
     with torch.no_grad():
         for mixer in find_mixers(model).values():
             mixer.module.x_proj_weight[0, mixer.module.time_step_rank :] = 0
-    report = compress(model, [tokens(64, 32)], CompreSSMConfig(state_size=3))
-    assert {layer.refit for layer in report.layers} == {"conjugate gradients"}
+    report = compress(model, [tokens(64, 32)], CompreSSMConfig(state_size=3, refit_rounds=rounds))
+    assert {layer.refit for layer in report.layers} == {method}
 
 
 def test_an_error_below_zero_is_rounding():
@@ -218,5 +219,5 @@ def test_an_error_below_zero_is_rounding():
     kept = torch.tensor([KEPT])
     start = torch.eye(8, dtype=torch.float64)[kept]
     systems = token_systems(mixer, statistics, kept, start)
-    result = _result(mixer, systems, [_Fit(start[0], 1.0, torch.tensor(-1e-9), "mean field")], kept)
+    result = _result(mixer, systems, [_Fit(start[0], 1.0, torch.tensor(-1e-9), "mean field")])
     assert result.relative_error == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import TINY, lively, projection_plan, stir
@@ -9,7 +11,8 @@ from naive import run_mixer
 from torch import nn
 
 from hf_compressm import compress_
-from hf_compressm.mixers import Mixer, ScanInputs, StateAxis, find_mixers, stream_states
+from hf_compressm.mixers import Mixer, ScanInputs, StateAxis, find_mixers, scan, stream_states
+from hf_compressm.mixers.scan import recur, recur_by_doubling
 
 BATCH, LENGTH = 3, 10
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1, 1], [1] * 10, [0] + [1] * 9])
@@ -197,3 +200,104 @@ def test_weight_is_what_an_error_of_the_scan_costs_in_the_output():
     passed_on = error * inputs.gate[:, :, 0, channel, None] * mixer.module.out_proj.weight[:, channel]
     weight = inputs.weight(y, 0)[:, :, 0, channel].T
     torch.testing.assert_close(passed_on.square().sum(-1), weight * error**2)
+
+
+def wide_inputs(
+    groups: int, channels: int, norm_size: int | None = None, *, shared_rate: bool = False, steps: int = 21
+) -> ScanInputs:
+    generator = torch.Generator().manual_seed(5)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    per_channel = (BATCH, steps, groups, channels)
+    return ScanInputs(
+        delta=random(*per_channel),
+        A=-random(groups, channels, 1 if shared_rate else 4),
+        x=random(*per_channel) - 0.5,
+        B=random(BATCH, steps, groups, 4),
+        C=random(BATCH, steps, groups, 4) - 0.5,
+        gate=random(*per_channel),
+        gain=random(groups, channels),
+        mask=torch.ones(BATCH, steps),
+        D=random(groups, channels),
+        norm_epsilon=None if norm_size is None else 1e-5,
+        norm_size=norm_size,
+    )
+
+
+class TestSampled:
+    @pytest.mark.parametrize("most", [256, 24, 25])
+    def test_narrow_layers_are_taken_whole(self, most):
+        inputs = wide_inputs(2, 12)
+        assert inputs.sampled(most) is inputs
+
+    def test_channels_have_the_states_and_weights_that_they_have_among_all(self):
+        inputs = wide_inputs(2, 12)
+        some = inputs.sampled(8)
+        # The middles of four equal parts of each group.
+        index = [1, 4, 7, 10]
+        assert torch.equal(some.gain, inputs.gain[:, index])
+        torch.testing.assert_close(all_states(some), all_states(inputs)[:, :, :, index])
+        y = torch.randn(21, BATCH, 2, 12, generator=torch.Generator().manual_seed(1))
+        torch.testing.assert_close(some.weight(y[..., index], 0), inputs.weight(y, 0)[..., index])
+
+    @pytest.mark.parametrize(("heads", "most"), [(8, 8), (8, 20), (3, 16), (5, 7)])
+    def test_every_head_is_represented(self, heads, most):
+        inputs = wide_inputs(1, heads * 8)
+        of_heads = torch.arange(heads).repeat_interleave(8)[None].float()
+        inputs = dataclasses.replace(inputs, gain=of_heads)
+        assert set(inputs.sampled(most).gain.flatten().tolist()) == set(range(heads))
+
+    @pytest.mark.parametrize(
+        ("norm_size", "index"),
+        [
+            pytest.param(24, [1, 4, 7, 10], id="over both groups"),
+            pytest.param(12, [1, 4, 7, 10], id="over a group"),
+            pytest.param(6, [1, 4, 7, 10], id="over half a group"),
+            pytest.param(4, [2, 6, 10], id="over less than are left"),
+        ],
+    )
+    def test_a_gated_norm_is_estimated_from_the_channels_it_divides(self, norm_size, index):
+        inputs = wide_inputs(2, 12, norm_size)
+        some = inputs.sampled(8)
+        y = torch.randn(21, BATCH, 2, 12, generator=torch.Generator().manual_seed(1))
+        normed = ((y + inputs.D * inputs.x.transpose(0, 1)) * inputs.gate.transpose(0, 1))[..., index].square()
+        # Index 0 … of the sampled channels, counted through the groups, to the channel's norm.
+        norms = torch.tensor([(group * 12 + channel) // norm_size for group in range(2) for channel in index])
+        flat = normed.flatten(-2)
+        means = torch.stack([flat[..., norms == norm].mean(-1) for norm in norms], dim=-1).view(normed.shape)
+        expected = (inputs.gate.transpose(0, 1) * inputs.gain)[..., index] ** 2 / (means + 1e-5)
+        torch.testing.assert_close(some.weight(y[..., index], 0), expected)
+
+
+@pytest.mark.parametrize("shared_rate", [False, True])
+@pytest.mark.parametrize("steps", [1, 2, 7, 8, 21])
+def test_a_scan_by_doubling_equals_the_loop(shared_rate, steps):
+    inputs = wide_inputs(2, 3, shared_rate=shared_rate, steps=steps)
+    time_first = inputs.delta.transpose(0, 1)
+    decay = (time_first[..., None] * inputs.A).exp()
+    drive = (time_first * inputs.x.transpose(0, 1))[..., None] * inputs.B.transpose(0, 1)[:, :, :, None]
+    naive, state = [], torch.zeros(drive.shape[1:], dtype=torch.float64)
+    for one_decay, one_drive in zip(decay.double(), drive.double(), strict=True):
+        state = one_decay * state + one_drive
+        naive.append(state)
+    for combine in (recur, recur_by_doubling):
+        states = drive.clone()
+        combine(decay.clone(), states)
+        torch.testing.assert_close(states, torch.stack(naive).float())
+
+
+def test_doubling_goes_on_from_chunk_to_chunk(monkeypatch):
+    inputs = wide_inputs(1, 3)
+    loop = all_states(inputs)
+    monkeypatch.setattr(scan, "recur", scan.recur_by_doubling)
+    torch.testing.assert_close(all_states(inputs, chunk_elements=BATCH * 3 * 4 * 5), loop)
+
+
+def test_a_reader_may_overwrite_its_chunk():
+    inputs, chunks = wide_inputs(1, 3), []
+    for _, states in stream_states(inputs, chunk_elements=BATCH * 3 * 4 * 5):
+        chunks.append(states.clone())
+        states.fill_(torch.nan)
+    torch.testing.assert_close(torch.cat(chunks).transpose(0, 1), all_states(inputs))

@@ -106,8 +106,16 @@ def test_a_resumed_run_is_the_unbroken_one(unbroken, text, tmp_path, capsys, che
     assert logged(whole, "lr")[20] == pytest.approx(0, abs=1e-12) and logged(whole, "lr")[1] == pytest.approx(3e-3)
     assert logged(whole, "compressm/state_size") == {4: 4.0}
     assert_same_end(resumed, whole)
-    (cut,) = json.loads((resumed / "step_20" / "compressm.json").read_text())["cuts"]
+    ours, theirs = (json.loads((run / "step_20" / "compressm.json").read_text()) for run in (resumed, whole))
+    (cut,) = ours["cuts"]
     assert (cut["step"], cut["status"]) == (4, "cut")
+    # What was measured around the cut is kept by a run that goes on after it.
+    assert list(ours["evaluations"]) == ["right before the cut", "right after the cut", "at the end of training"]
+    assert ours["evaluations"] == theirs["evaluations"]
+    card = (resumed / "step_20" / "README.md").read_text()
+    assert (
+        "| 512 tokens (4 ×) |" in card and f"| {ours['evaluations']['at the end of training']['loss']:.4f} |" in card
+    )
 
 
 def test_too_little_text_is_named(text, tmp_path):

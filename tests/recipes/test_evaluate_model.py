@@ -30,10 +30,10 @@ def folder(tmp_path_factory) -> Path:
     for number in range(4):
         lines = [f"{a} times {number + 2} is {a * (number + 2)}, a line of arithmetic\n" for a in range(60)]
         (folder / f"{number}.txt").write_text("".join(lines), encoding="utf-8")
-    for name, realization in (("mamba", "stock"), ("mamba2", "projected")):
+    for name, realization, size in (("mamba", "stock", 2), ("mamba2", "projected", [2, 2])):
         model = lively(TINY[name].build(vocab_size=257))
         model.save_pretrained(folder / name)
-        compress(model, [tokens(8, 32)], CompreSSMConfig(state_size=2, realization=realization))
+        compress(model, [tokens(8, 32)], CompreSSMConfig(state_size=size, realization=realization))
         model.save_pretrained(folder / f"{name} cut")
     for cut in (False, True):
         base = AutoModelForCausalLM.from_pretrained(folder / "mamba")
@@ -70,7 +70,10 @@ def test_all_kinds_of_models_in_one_table(run, folder, capsys):
     assert [result["state_size"] for result in results] == ["8", "2", "8", "2", "8", "4"]
     assert [result["state_bytes"] for result in results[:2]] == [2 * 32 * 8 * 4, 2 * 32 * 2 * 4]
     assert results[0]["kl_divergence"] is None and all(result["kl_divergence"] > 0 for result in results[1:])
-    lines = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out
+    assert "32 tokens" in printed and "A passage of 16 held-out tokens is read" in printed
+    assert results[1]["recall_gain_after_128"] != results[0]["recall_gain_after_128"]
+    lines = printed.splitlines()
     heading = next(number for number, line in enumerate(lines) if line.startswith("model "))
     for name, line in zip(names, lines[heading + 1 :], strict=False):
         assert line.startswith(str(folder / name)) and len(line) == len(lines[heading])

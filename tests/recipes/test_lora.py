@@ -38,6 +38,9 @@ def test_an_adapter_comes_back_and_is_merged(tmp_path, texts, capsys, options):
         for what in ("of the base model", "with adapters and a smaller state")
     )
     assert after < before
+    card = (output / "adapter" / "README.md").read_text()
+    assert "| distance | right before the cut | right after the cut | at the end of training |" in card
+    assert "| 128 tokens (4 ×) |" in card and "Recall: nats per token gained" in printed
     blocks = torch.stack([block["input_ids"] for block in lora.byte_blocks(texts, 32)[::10]])
     with torch.no_grad():
         loss = AutoModelForCausalLM.from_pretrained(output / "merged")(blocks, labels=blocks).loss.item()

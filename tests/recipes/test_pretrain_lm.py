@@ -68,7 +68,8 @@ def assert_evaluated(output: Path, texts: str) -> None:
 @pytest.mark.parametrize(("architecture", "tokenizer"), [("mamba", "bytes"), ("mamba2", "bpe")])
 def test_one_process_cuts_and_saves_a_stock_model(tmp_path, texts, architecture, tokenizer):
     output = tmp_path / "out"
-    options = ("--architecture", architecture, "--tokenizer", tokenizer, "--vocab_size", "300")
+    options = ("--architecture", architecture, "--realization", "stock", "--tokenizer", tokenizer)
+    options += ("--vocab_size", "300")
     result = run(tmp_path, "--train_files", texts, "--output_dir", str(output), *options)
     assert result.returncode == 0, result.stderr[-4000:]
     assert result.stdout.count("CompreSSM, step") == 1 and result.stdout.count("state size N") == 1
@@ -79,6 +80,10 @@ def test_one_process_cuts_and_saves_a_stock_model(tmp_path, texts, architecture,
     assert torch.isfinite(model(ids).logits).all()
     assert json.loads((output / "compressm.json").read_text())["cuts"][0]["status"] == "cut"
     assert_evaluated(output, texts)
+    card = (output / "README.md").read_text()
+    assert "| distance | right before the cut | right after the cut | at the end of training |" in card
+    assert "| 128 tokens (4 ×) |" in card and "| bits per byte |" in card
+    assert result.stdout.count("Recall: nats per token gained") == 1
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,126 @@
+"""The README's tables of results, made from the files in results/; `make readme-tables` puts them there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from reporting import RESULTS
+from study_tables import CHOSEN, REFERENCES, between, percent, pm, table
+
+BEGIN, END = "<!-- results: written by `make readme-tables` -->", "<!-- end of results -->"
+# Moments of the cuts whose damage the README shows.
+MOMENTS = (0.05, 0.2, 0.5, 1.0)
+AGAINST = ("small", "small, equal time", "small projected")
+
+
+def read(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def results_text(study: dict[str, Any] | None = None, speed: dict[str, Any] | None = None) -> str:
+    """Claims 1 to 3 and recall, as four tables."""
+    study, speed = study or read("study-cpu.json"), speed or read("speed-cpu.json")
+    work = study["work"]
+    counts = {len(seeds) for seeds in study["seeds"].values()}
+    seeds = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    parts = [
+        "**1. Is training faster?** Whole runs of "
+        f"{speed['runs'][0]['steps']} steps, N {speed['runs'][0]['state_size']} at a fifth, the cut included "
+        "([speed-cpu.md](recipes/bench/results/speed-cpu.md)):",
+        table(
+            speed["runs"],
+            {
+                "": lambda row: f"{row['architecture']}, {row['realization']}",
+                "whole run: full size / cut": lambda row: f"{row['run_ratio']:.2f}",
+                "a step: before / after": lambda row: f"{row['step_ratio']:.2f}",
+            },
+        ),
+        f"**2. Is a model that was cut better than one trained small?** Final loss, N {work['state_size']} → "
+        f"{work['kept']} at a fifth of {work['steps']} steps; {seeds} seeds, paired; 95 % intervals "
+        "([study-cpu.md](recipes/bench/results/study-cpu.md)):",
+        table(claim_2_rows(study), claim_2_columns()),
+        "**3. What does a cut cost, before any training after it?** Mean KL from the uncut model over all tasks and "
+        "seeds, as a share of that of the two published selections at the same r:",
+        table(claim_3_rows(study), claim_3_columns(study)),
+    ]
+    if study["longer"]:
+        parts += [
+            "**Recall beyond the trained length.** Accuracy with as many pairs to remember as in training, and with "
+            "two and four times as many:",
+            table(longer_rows(study), longer_columns()),
+        ]
+    return "\n\n".join(parts)
+
+
+def claim_2_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
+    losses = {(row["layout"], row["task"], row["arm"]): row["loss"] for row in study["arms"]}
+    found = {(row["layout"], row["task"], row["arm"], row["against"]): row for row in study["claim 2"]}
+    return [
+        {
+            "place": f"{layout}, {task}",
+            "losses": {arm: losses.get((layout, task, arm)) for arm in ("full", CHOSEN, *AGAINST)},
+            "claims": {other: found.get((layout, task, CHOSEN, other)) for other in AGAINST},
+        }
+        for layout, task in dict.fromkeys((row["layout"], row["task"]) for row in study["arms"])
+    ]
+
+
+def claim_2_columns() -> dict[str, Any]:
+    def difference(row: dict[str, Any], other: str) -> str:
+        claim = row["claims"][other]
+        return "–" if claim is None else f"{between(claim['loss'])}: {claim['verdict']}"
+
+    columns: dict[str, Any] = {"": lambda row: row["place"]}
+    for arm in ("full", CHOSEN, "small"):
+        columns[arm] = lambda row, arm=arm: pm(row["losses"][arm])
+    for other in AGAINST:
+        columns[f"{CHOSEN} − {other}"] = lambda row, other=other: difference(row, other)
+    return columns
+
+
+def claim_3_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
+    """One for each layout and reference, with the shares by moment."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for claim in study["claim 3"]:
+        row = rows.setdefault((claim["layout"], claim["against"]), {"shares": {}})
+        row |= {"layout": claim["layout"], "against": claim["against"]}
+        row["shares"][claim["moment"]] = claim["share"]
+    return list(rows.values())
+
+
+def claim_3_columns(study: dict[str, Any]) -> dict[str, Any]:
+    columns: dict[str, Any] = {"": lambda row: f"{row['layout']}, of {REFERENCES[row['against']]}'s"}
+    for moment in MOMENTS:
+        name = "a finished model" if moment == 1 else f"cut at {percent(moment, 0)}"
+        columns[name] = lambda row, moment=moment: percent(row["shares"][moment])
+    return columns
+
+
+def longer_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for item in study["longer"]:
+        if item["task"] == "recall":
+            row = rows.setdefault((item["layout"], item["arm"]), {"accuracy": {}})
+            row |= {"layout": item["layout"], "arm": item["arm"]}
+            row["accuracy"][item["times"]] = item["accuracy"]
+    return list(rows.values())
+
+
+def longer_columns() -> dict[str, Any]:
+    columns: dict[str, Any] = {"": lambda row: f"{row['layout']}, {row['arm']}"}
+    for times, name in ((1, "as trained"), (2, "2×"), (4, "4×")):
+        columns[name] = lambda row, times=times: pm(row["accuracy"][times])
+    return columns
+
+
+def main() -> None:
+    readme = Path(__file__).parents[2] / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{results_text()}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
