@@ -11,7 +11,6 @@ from conftest import MAMBA1_FAMILY, TINY, lively, measured, stir, tokens
 from naive import NaiveRun, naive
 
 from hf_compressm import CompreSSMConfig, StateStatistics, compress_, find_mixers, measure, plan_compression
-from hf_compressm import drive as drive_module
 from hf_compressm import refit as refit_module
 from hf_compressm.drive import KeptRecurrence, fit_drive, kept_recurrences, selection
 from hf_compressm.mixers import Mixer
@@ -159,32 +158,36 @@ def test_each_head_has_a_drive_of_its_own():
         np.testing.assert_allclose(found[number].numpy(), expected, rtol=1e-2, atol=1e-2)
 
 
-def random_recurrence(length: int = 9) -> KeptRecurrence:
-    """Of two groups with three channels, two of four states kept, in float64."""
+def random_recurrence(length: int = 9) -> tuple[KeptRecurrence, torch.Tensor, torch.Tensor]:
+    """Of two groups with three channels, two of four states kept, in float64; with the Δ and A of its decays."""
     generator = torch.Generator().manual_seed(0)
 
     def numbers(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
     channels, states = (length, 2, 2, 3), (length, 2, 2, 4)
-    return KeptRecurrence(
-        delta=numbers(*channels).exp(),
+    delta, A = numbers(*channels).exp(), -numbers(2, 3, 2).exp()
+    decay = (delta[..., None] * A).exp()
+    run = KeptRecurrence(
+        decay=decay,
+        # What is taken for the decay after the last step does not matter.
+        decay_back=torch.cat([decay[1:], torch.full_like(decay[:1], 7.0)]).flip(0),
         input=numbers(*channels),
-        A=-numbers(2, 3, 2).exp(),
         B=numbers(*states),
         C=numbers(*states),
         y=numbers(*channels),
         weight=numbers(*channels).square(),
         mask=torch.ones(length, 2, dtype=torch.float64),
     )
+    return run, delta, A
 
 
 def plain_output(run: KeptRecurrence, drive: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
     """The recurrence as it is written, without writing into tensors, so that autograd can follow it."""
     state, outputs = torch.zeros(2, 2, 3, 2, dtype=torch.float64), []
-    for t in range(len(run.delta)):
+    for t in range(len(run.decay)):
         B = torch.einsum("grn,bgn->bgr", drive, run.B[t])
-        state = (run.delta[t, ..., None] * run.A).exp() * state + run.input[t, ..., None] * B[:, :, None]
+        state = run.decay[t] * state + run.input[t, ..., None] * B[:, :, None]
         outputs.append((state * v[t, :, :, None]).sum(-1))
     return torch.stack(outputs)
 
@@ -192,8 +195,8 @@ def plain_output(run: KeptRecurrence, drive: torch.Tensor, v: torch.Tensor) -> t
 @pytest.mark.parametrize("chunk_elements", [1, 3 * 2 * 2 * 3 * 2, 2**22], ids=["one", "three", "all"])
 def test_runs_forwards_and_backwards_are_those_of_autograd(monkeypatch, chunk_elements):
     """In chunks of one, three and all time steps."""
-    monkeypatch.setattr(drive_module, "CHUNK_ELEMENTS", chunk_elements)
-    run, generator = random_recurrence(), torch.Generator().manual_seed(1)
+    monkeypatch.setattr("hf_compressm.mixers.scan.CHUNK_ELEMENTS", chunk_elements)
+    (run, _, _), generator = random_recurrence(), torch.Generator().manual_seed(1)
     drive = torch.randn(2, 2, 4, generator=generator, dtype=torch.float64).requires_grad_()
     v = torch.randn(9, 2, 2, 2, generator=generator, dtype=torch.float64)
     errors = torch.randn(9, 2, 2, 3, generator=generator, dtype=torch.float64)
@@ -205,16 +208,16 @@ def test_runs_forwards_and_backwards_are_those_of_autograd(monkeypatch, chunk_el
 
 
 def test_how_strongly_states_are_observed_is_what_its_sum_says(monkeypatch):
-    monkeypatch.setattr(drive_module, "CHUNK_ELEMENTS", 2 * 2 * 2 * 3 * 2)
-    run = random_recurrence()
+    monkeypatch.setattr("hf_compressm.mixers.scan.CHUNK_ELEMENTS", 2 * 2 * 2 * 3 * 2)
+    run, all_delta, A = random_recurrence()
     v = torch.randn(9, 2, 2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = run.observed(v)
     for number in range(2):
         delta, drive, B, C, y, weight = (
             tensor[:, :, number].transpose(0, 1).numpy()
-            for tensor in (run.delta, run.input, run.B, run.C, run.y, run.weight)
+            for tensor in (all_delta, run.input, run.B, run.C, run.y, run.weight)
         )
-        group = Group.of(delta, drive / delta, run.A[number].numpy(), B, C, y, weight, run.mask.T.numpy())
+        group = Group.of(delta, drive / delta, A[number].numpy(), B, C, y, weight, run.mask.T.numpy())
         expected = group.observed(v[:, :, number].transpose(0, 1).numpy())
         np.testing.assert_allclose(found[number].numpy(), expected)
 

@@ -41,8 +41,8 @@ def test_state_bytes_are_those_of_a_cache(tmp_path, tiny):
 
 def test_a_model_that_was_cut_twice(tmp_path):
     model = lively(TINY["mamba2"].build())
-    compress(model, [tokens()], CompreSSMConfig(state_size=6))
-    compress(model, [tokens()], CompreSSMConfig(state_size=[2, 5], realization="projected"))
+    compress(model, [tokens()], CompreSSMConfig(state_size=6, realization="stock"))
+    compress(model, [tokens()], CompreSSMConfig(state_size=[2, 5]))
     model.save_pretrained(tmp_path)
     facts = inspect(tmp_path)
     assert [mixer.state_size for mixer in facts.mixers] == [2, 5]

@@ -862,7 +862,7 @@ def test_everything_but_the_mixers_is_left_untouched(relative, realization):
 
 def test_a_hybrids_config_follows_a_stock_cut(relative, tmp_path):
     model = stir(relative.build())
-    compress(model, [tokens(8, 24)], CompreSSMConfig(state_size=3))
+    compress(model, [tokens(8, 24)], CompreSSMConfig(state_size=3, realization="stock"))
     assert type(model) is relative.language_model
     model.save_pretrained(tmp_path)
     assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
