@@ -149,8 +149,9 @@ class StateStatistics:
 def _sampled_decay_rates(mixer: Mixer) -> torch.Tensor:
     """A of the channels that sums are made over, shape (groups, channels, N or 1)."""
     # Which those are depends on a norm behind the scan, too, so it is asked of the inputs that one token would have.
-    weight = mixer.parts.in_proj.weight
-    token = weight.new_zeros(1, 1, weight.shape[1], dtype=torch.float32)
+    # A quantized weight makes no tensor of another kind, and may have a shape of its own.
+    in_proj = mixer.parts.in_proj
+    token = torch.zeros(1, 1, in_proj.in_features, device=in_proj.weight.device)
     return mixer.scan_inputs(token, None).sampled().A
 
 

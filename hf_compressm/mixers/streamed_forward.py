@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .adapters import is_plain
 from .architectures import ARCHITECTURES
 from .mamba1 import linear
 from .mixer import Mixer
@@ -22,7 +23,7 @@ def streamed_forward(mixers: Mapping[str, Mixer]) -> Iterator[None]:
     There Transformers, with mambapy or without, makes several tensors (batch, channels, length, N) for a forward: as
     long as the memory for them has to be asked for, that takes many times longer than the arithmetic. The outputs
     are the same to rounding. Mixers of which we cannot be sure of that keep their forward: those of other classes than
-    Transformers' own, or with something around them.
+    Transformers' own, with something around them, or with quantized layers, which may round their inputs, too.
 
     Args:
         mixers: from `find_mixers`; none of them may be sharded.
@@ -46,7 +47,7 @@ def _can_be_streamed(mixer: Mixer) -> bool:
         and type(module).__module__.startswith("transformers.")
         and "forward" not in vars(module)
         and not mixer.wrappers
-        and next(module.parameters()).device.type == "cpu"
+        and all(parameter.device.type == "cpu" and is_plain(parameter) for parameter in module.parameters())
     )
 
 

@@ -7,12 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from reporting import RESULTS
-from study_tables import CHOSEN, REFERENCES, between, percent, pm, table
+from study_tables import CHOSEN, REFERENCES, Columns, between, percent, pm, table
 
 BEGIN, END = "<!-- results: written by `make readme-tables` -->", "<!-- end of results -->"
 # Moments of the cuts whose damage the README shows.
 MOMENTS = (0.05, 0.2, 0.5, 1.0)
 AGAINST = ("small", "small, equal time", "small projected")
+
+
+CLAIM_1: Columns = {
+    "": lambda row: f"{row['architecture']}, {row['realization']}",
+    "whole run: full size / cut": lambda row: f"{row['run_ratio']:.2f}",
+    "a step: before / after": lambda row: f"{row['step_ratio']:.2f}",
+}
 
 
 def read(name: str) -> dict[str, Any]:
@@ -25,25 +32,22 @@ def results_text(study: dict[str, Any] | None = None, speed: dict[str, Any] | No
     work = study["work"]
     counts = {len(seeds) for seeds in study["seeds"].values()}
     seeds = f"{min(counts)}" if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
-    parts = [
-        "**1. Is training faster?** Whole runs of "
-        f"{speed['runs'][0]['steps']} steps, N {speed['runs'][0]['state_size']} at a fifth, the cut included "
-        "([speed-cpu.md](recipes/bench/results/speed-cpu.md)):",
-        table(
-            speed["runs"],
-            {
-                "": lambda row: f"{row['architecture']}, {row['realization']}",
-                "whole run: full size / cut": lambda row: f"{row['run_ratio']:.2f}",
-                "a step: before / after": lambda row: f"{row['step_ratio']:.2f}",
-            },
-        ),
+    parts = []
+    if speed.get("runs"):
+        parts += [
+            "**1. Is training faster?** Whole runs of "
+            f"{speed['runs'][0]['steps']} steps, N {speed['runs'][0]['state_size']} at a fifth, the cut included "
+            "([speed-cpu.md](recipes/bench/results/speed-cpu.md)):",
+            table(speed["runs"], CLAIM_1),
+        ]
+    parts += [
         f"**2. Is a model that was cut better than one trained small?** Final loss, N {work['state_size']} → "
         f"{work['kept']} at a fifth of {work['steps']} steps; {seeds} seeds, paired; 95 % intervals "
         "([study-cpu.md](recipes/bench/results/study-cpu.md)):",
         table(claim_2_rows(study), claim_2_columns()),
         "**3. What does a cut cost, before any training after it?** Mean KL from the uncut model over all tasks and "
         "seeds, as a share of that of the two published selections at the same r:",
-        table(claim_3_rows(study), claim_3_columns(study)),
+        table(claim_3_rows(study), claim_3_columns()),
     ]
     if study["longer"]:
         parts += [
@@ -67,12 +71,12 @@ def claim_2_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def claim_2_columns() -> dict[str, Any]:
+def claim_2_columns() -> Columns:
     def difference(row: dict[str, Any], other: str) -> str:
         claim = row["claims"][other]
         return "–" if claim is None else f"{between(claim['loss'])}: {claim['verdict']}"
 
-    columns: dict[str, Any] = {"": lambda row: row["place"]}
+    columns: Columns = {"": lambda row: row["place"]}
     for arm in ("full", CHOSEN, "small"):
         columns[arm] = lambda row, arm=arm: pm(row["losses"][arm])
     for other in AGAINST:
@@ -90,8 +94,8 @@ def claim_3_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def claim_3_columns(study: dict[str, Any]) -> dict[str, Any]:
-    columns: dict[str, Any] = {"": lambda row: f"{row['layout']}, of {REFERENCES[row['against']]}'s"}
+def claim_3_columns() -> Columns:
+    columns: Columns = {"": lambda row: f"{row['layout']}, of {REFERENCES[row['against']]}'s"}
     for moment in MOMENTS:
         name = "a finished model" if moment == 1 else f"cut at {percent(moment, 0)}"
         columns[name] = lambda row, moment=moment: percent(row["shares"][moment])
@@ -108,18 +112,23 @@ def longer_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
     return list(rows.values())
 
 
-def longer_columns() -> dict[str, Any]:
-    columns: dict[str, Any] = {"": lambda row: f"{row['layout']}, {row['arm']}"}
+def longer_columns() -> Columns:
+    columns: Columns = {"": lambda row: f"{row['layout']}, {row['arm']}"}
     for times, name in ((1, "as trained"), (2, "2×"), (4, "4×")):
         columns[name] = lambda row, times=times: pm(row["accuracy"][times])
     return columns
 
 
+def with_results(text: str, results: str) -> str:
+    """A text with the results between the two comments, in the place of what stood there."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return f"{before}{BEGIN}\n\n{results}\n\n{END}{after}"
+
+
 def main() -> None:
     readme = Path(__file__).parents[2] / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, rest = text.split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{results_text()}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    readme.write_text(with_results(readme.read_text(encoding="utf-8"), results_text()), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from train_worker import digest
-from trained import ADAPTED, blocks_of, build, state_size, trained
+from trained import ADAPTED, blocks_of, build, state_size, state_sizes, trained
 from training import KEPT, SILENT, AtStepEnd, build_trainer, config, examples
 from transformers import AutoModelForCausalLM
 
@@ -319,7 +319,7 @@ def taken_back(architecture: str, realization: str) -> dict[str, Any]:
     for step in (1, 2):
         run.step(step)
         compressor.step(step)
-    small = state_size(run.model)
+    small = sum(state_sizes(run.model))
     run.step(3)
     compressor.take_back()
     after = groups_of(run.model), [type(module).__name__ for module in run.model.modules()]
@@ -331,7 +331,7 @@ def taken_back(architecture: str, realization: str) -> dict[str, Any]:
         "losses": max(abs(a - b) for a, b in zip(run.losses, plain.losses, strict=True)),
         "weights": apart(run.weights(), plain.weights()),
         "moments": apart(run.moments(), plain.moments()),
-        "as_before": before == after and small == 4,
+        "as_before": before == after and small == 4 + 4,
         "digest": run.digest(),
     }
 
@@ -459,8 +459,8 @@ def under_the_trainer(directory: Path, kind: str, architecture: str, realization
     wrapping = {"transformer_layer_cls_to_wrap": [block], "state_dict_type": kind, "activation_checkpointing": True}
     result: dict[str, Any] = {}
     for name in ("whole", "checkpoint-2", "checkpoint-6", "best"):
-        sizes: list[int] = []
-        seen = AtStepEnd(range(1, 9), lambda model, sizes=sizes, **_: sizes.append(model.config.state_size))
+        sizes: list[list[int]] = []
+        seen = AtStepEnd(range(1, 9), lambda model, sizes=sizes, **_: sizes.append(state_sizes(model)))
         options: dict[str, Any] = {}
         if name == "best":
             scores = iter([1.0, 0.0, 0.0, 0.0])
@@ -486,7 +486,8 @@ def under_the_trainer(directory: Path, kind: str, architecture: str, realization
         ]
         result[name] = {
             "kind": type(trainer.model).__name__,
-            "sizes": [*sizes, trainer.model.config.state_size],
+            "sizes": [*sizes, state_sizes(trainer.model)],
+            "state_size": trainer.model.config.state_size,
             "weights": digest(weights),
             "moments": digest({str(number): moment for number, moment in enumerate(moments)}),
             "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],

@@ -118,18 +118,21 @@ def test_a_trainer_resumes_before_and_after_the_cut(launched, name):
     first, second = (own[name] for own in launched[2])
     assert first == second
     whole = first["whole"]
-    assert whole["sizes"] == [8, 8] + [4] * 7
+    cut = whole["sizes"][-1]
+    assert whole["sizes"] == [[8, 8]] * 2 + [cut] * 7
+    assert sum(cut) == 4 + 4 and whole["state_size"] == min(cut)
+    assert name != "full, selected" or cut == [4, 4]
     for checkpoint, steps in (("checkpoint-2", 6), ("checkpoint-6", 2)):
         resumed = first[checkpoint]
-        assert resumed["sizes"] == [4] * (steps + 1)
+        assert resumed["sizes"] == [cut] * (steps + 1)
         for what in ("kind", "weights", "moments", "losses"):
             assert resumed[what] == whole[what], what
 
 
 @pytest.mark.parametrize("name", TRAINERS)
 def test_a_trainer_brings_the_best_model_back_from_before_the_cut(launched, name):
-    best = launched[2][0][name]["best"]
-    assert best["sizes"] == [8, 8] + [4] * 6 + [8]
+    best, cut = (launched[2][0][name][run] for run in ("best", "whole"))
+    assert best["sizes"] == [[8, 8]] * 2 + [cut["sizes"][-1]] * 6 + [[8, 8]]
     assert "Compressm" not in best["kind"]
 
 

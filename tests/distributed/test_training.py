@@ -47,15 +47,16 @@ RESUMED = {
 def test_processes_are_bit_identical(runs, scenario):
     """Weights, optimizer moments and what was cut."""
     first, second = runs["0"][scenario], runs["1"][scenario]
-    assert first["state_size"] == 4 and first["status"] == ["cut"]
-    for what in ("weights", "moments", "kept", "relative_error"):
+    assert sum(first["sizes"]) == 4 + 4 and first["state_size"] == min(first["sizes"])
+    assert first["status"] == ["cut"]
+    for what in ("weights", "moments", "sizes", "kept", "relative_error"):
         assert first[what] == second[what]
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_two_processes_equal_one_with_the_doubled_batch(runs, scenario):
     two, one = runs["0"][scenario], runs["alone"][scenario]
-    assert two["kept"] == one["kept"]
+    assert two["sizes"] == one["sizes"] and two["kept"] == one["kept"]
     assert two["relative_error"] == pytest.approx(one["relative_error"], rel=1e-3)
     torch.testing.assert_close(two["losses"], one["losses"], rtol=0, atol=2e-5)
 

@@ -16,6 +16,7 @@ import torch
 from conftest import TINY, lively
 from launch import leave
 from torch.nn.parallel import DistributedDataParallel
+from trained import state_sizes
 from training import build_trainer, config, examples, moments, pad, ragged_examples, weights
 from transformers import TrainerCallback
 
@@ -66,7 +67,8 @@ def digest(tensors: dict[str, torch.Tensor]) -> str:
 def train(directory: Path, architecture: str = "mamba", resume: str | None = None, extra=(), **options: Any) -> dict:
     """One run; what this process saw of it."""
     model = lively(TINY[architecture].build())
-    cut = {"calibration_tokens": 96} | options.pop("cut", {})
+    # On few tokens, the least squares of a refit would magnify what rounding does to gradients and states.
+    cut = {"calibration_tokens": 96, "refit_penalty": 3.0} | options.pop("cut", {})
     cutter, wrapped = CompreSSMCallback(config(**cut)), StaysWrapped()
     per_process = 8 // WORLD // options.get("gradient_accumulation_steps", 1)
     defaults = {"per_device_train_batch_size": per_process, "data": examples(96)}
@@ -78,6 +80,7 @@ def train(directory: Path, architecture: str = "mamba", resume: str | None = Non
     carried = moments(model, trainer.optimizer)
     return {
         "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        "sizes": state_sizes(model),
         "state_size": model.config.state_size,
         "status": [entry["status"] for entry in cutter.history],
         "kept": [layer["kept"] for entry in cutter.history for layer in entry.get("layers", [])],

@@ -57,6 +57,11 @@ def state_size(model: nn.Module) -> int:
     return size
 
 
+def state_sizes(model: nn.Module) -> list[int]:
+    """One for each layer: a projected cut shares its states out over them."""
+    return [mixer.state_size for mixer in find_mixers(model).values()]
+
+
 def sums_of(tensors: dict[str, torch.Tensor]) -> dict[str, list[float]]:
     """Two numbers of every tensor, for a comparison with those of another run."""
     ramps = {name: torch.linspace(1, 2, tensor.numel(), dtype=torch.float64) for name, tensor in tensors.items()}

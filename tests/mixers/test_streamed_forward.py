@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import MAMBA1_FAMILY, MAMBA2_FAMILY, TINY, lively, stir, tokens
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
 from hf_compressm.mixers import find_mixers, streamed_forward
 from hf_compressm.mixers.mixer import Mixer
@@ -48,6 +49,19 @@ def test_forwards_of_which_we_cannot_be_sure_are_left_alone():
         assert "forward" not in vars(first) and second.forward is hooked
         assert not any("forward" in vars(module) for module in projected.modules())
     assert second.forward is hooked
+
+
+def test_quantized_layers_keep_their_forward():
+    """It may round its inputs, too; here a layer does whose weights are eight bits wide."""
+    model = lively(TINY["mamba"].build()).eval()
+    first, second = (layer.mixer for layer in model.backbone.layers)
+    quantize_(model, Int8DynamicActivationInt8WeightConfig(), filter_fn=lambda module, _: module is first.in_proj)
+    mixer = find_mixers(model)["backbone.layers.0.mixer"]
+    hidden_states = torch.randn(3, 7, 16, generator=torch.Generator().manual_seed(0))
+    theirs = outputs(mixer, hidden_states, None)
+    with streamed_forward.streamed_forward(find_mixers(model)):
+        assert "forward" not in vars(first) and "forward" in vars(second)
+        torch.testing.assert_close(outputs(mixer, hidden_states, None), theirs, rtol=0, atol=0)
 
 
 def test_forwards_come_back_after_an_error():

@@ -37,8 +37,15 @@ def study():
     transformers_logging.set_verbosity(verbosity)
     kernels.setLevel(level)
     torch.set_num_threads(threads)
-    for name in ("study", "study_tables", "tasks", "reporting", "speed"):
+    for name in ("study", "study_tables", "readme_results", "tasks", "reporting", "speed"):
         sys.modules.pop(name, None)
+
+
+def test_the_readme_has_the_results(tables):
+    import readme_results
+
+    text = (BENCHMARKS.parents[1] / "README.md").read_text(encoding="utf-8")
+    assert readme_results.with_results(text, readme_results.results_text()) == text, "run `make readme-tables`"
 
 
 @pytest.fixture(scope="module")
