@@ -374,6 +374,8 @@ def test_a_real_ctrl_c(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # Where the tests run in the background, a shell may have them ignore the signal, and they hand that down.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     said = ""
     while "loading full" not in said:

@@ -89,7 +89,7 @@ QUICK = Bench(
     widths=(16, 32),
     compiled_widths=(16,),
     batches=(1, 2),
-    steps=60,
+    steps=40,
     evaluations=2,
     held_out_batches=1,
 )

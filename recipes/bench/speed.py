@@ -108,7 +108,7 @@ def time_cuts(architecture: str, work: Workload, device: str) -> list[dict[str, 
     for before, after in work.cuts:
         original = Training(architecture, before, work, device)
         cuts = []
-        for _ in range(max(3, work.rounds // 3) + 1):
+        for _ in range(max(1, work.rounds // 3) + 1):
             training = copy.deepcopy(original)
             # AdamW must hold the copy's parameters.
             training.optimizer = torch.optim.AdamW(training.model.parameters(), lr=1e-4)
@@ -182,7 +182,9 @@ def compare_realizations(work: Workload, device: str) -> list[dict[str, Any]]:
         tokens = in_turns(
             work.rounds,
             *(
-                lambda training=training: generation_ms(training.model, training.batch[:, :8], 24) / 24
+                lambda training=training: (
+                    generation_ms(training.model, training.batch[:, :8], work.new_tokens) / work.new_tokens
+                )
                 for training in trainings.values()
             ),
         )

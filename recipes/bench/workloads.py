@@ -52,7 +52,7 @@ class Workload:
 WORKLOADS = {
     "cpu": Workload(),
     "quick": Workload(
-        hidden_size=16, layers=1, rounds=2, sizes=(32, 8), cuts=((32, 8),), run_steps=10, prompt=64, new_tokens=4
+        hidden_size=16, layers=1, rounds=1, sizes=(32, 8), cuts=((32, 8),), run_steps=10, prompt=16, new_tokens=2
     ),
     "cuda": Workload(hidden_size=768, layers=4, batch=8, length=1024, rounds=25, prompt=4096),
     # 130M parameters, but for the vocabulary.
@@ -60,7 +60,7 @@ WORKLOADS = {
         hidden_size=768, layers=24, batch=2, length=512, rounds=3, cuts=((128, 16),), checkpointing=True
     ),
     "large-quick": Workload(
-        hidden_size=64, layers=2, batch=2, length=512, rounds=2, cuts=((32, 8),), checkpointing=True
+        hidden_size=16, layers=1, batch=8, length=128, rounds=1, cuts=((32, 8),), checkpointing=True
     ),
 }
 

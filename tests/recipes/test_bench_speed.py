@@ -33,6 +33,7 @@ def run_benchmark(name, *options):
     return result
 
 
+@pytest.mark.long
 def test_quick_run_writes_every_table(tmp_path):
     result = run_benchmark("speed.py", "--quick", "--output", tmp_path)
     results = json.loads((tmp_path / "speed-quick.json").read_text())
@@ -124,6 +125,7 @@ def test_limit_is_what_is_left_without_states():
     assert row["share"] == pytest.approx(70 / 80)
 
 
+@pytest.mark.long
 def test_quick_gpu_run_on_a_cpu_measures_every_part(tmp_path):
     result = run_benchmark("gpu.py", "--quick", "--output", tmp_path)
     results = json.loads((tmp_path / "gpu-quick.json").read_text())
@@ -146,7 +148,7 @@ def test_quick_gpu_run_on_a_cpu_measures_every_part(tmp_path):
 
     # A part that is run again for one architecture replaces its rows only; a fault stands there as an error.
     before = (tmp_path / "gpu-quick.json").read_text()
-    options = ("--parts", "language", "--architectures", "mamba", "--steps", "2")
+    options = ("--parts", "language", "--architectures", "mamba", "--steps", "1")
     result = run_benchmark("gpu.py", "--quick", "--output", tmp_path, *options)
     again = json.loads((tmp_path / "gpu-quick.json").read_text())
     assert again["decoding"] == json.loads(before)["decoding"]
