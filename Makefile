@@ -36,8 +36,7 @@ fault-table: $(VENV)/.ready  ## break a cut at every stage, resume it, and print
 	@PYTHONPATH=tests:tests/distributed:recipes OMP_NUM_THREADS=1 $(RUN) tests/distributed/faults.py 2>/dev/null
 
 readme-tables: $(VENV)/.ready  ## write the README's tables of architectures and of results anew
-	@PYTHONPATH=tests $(RUN) tests/readme_tables.py
-	@$(RUN) recipes/bench/readme_results.py
+	@PYTHONPATH=tests:recipes/bench $(RUN) tests/readme_tables.py
 
 lint: $(VENV)/.ready  ## check style
 	$(RUN) -m ruff check .

@@ -20,12 +20,11 @@ from dataclasses import dataclass
 
 import torch
 
-from .least_squares import conjugate_gradients, with_ridge
+from .least_squares import PRECONDITIONER_RIDGE, conjugate_gradients, with_ridge
 from .mixers import Mixer, stream_states
 from .mixers.scan import run_states
 from .statistics import StateStatistics
 
-PRECONDITIONER_RIDGE = 1e-3
 # Channels of a wide layer that the fits look at.
 FITTED_CHANNELS = 128
 

@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 
+# Of the matrices that preconditioners invert, relative to the mean of their diagonals.
+PRECONDITIONER_RIDGE = 1e-3
+
 Linear = Callable[[torch.Tensor], torch.Tensor]
 
 

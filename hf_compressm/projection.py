@@ -20,7 +20,7 @@ import torch
 from transformers.utils import logging
 
 from .hankel import Balanced, balance
-from .least_squares import conjugate_gradients, with_ridge
+from .least_squares import PRECONDITIONER_RIDGE, conjugate_gradients, with_ridge
 from .mixers import Mixer, stream_states
 from .statistics import StateStatistics
 
@@ -37,7 +37,6 @@ PENALTY = 1e-3
 # Where balanced truncation loses more than this, least squares would mend many tokens at the cost of few decisive
 # ones: on a recall task that needs more states than are kept, the loss rose by half while the error fell.
 LARGEST_ERROR_TO_FIT = 0.5
-PRECONDITIONER_RIDGE = 1e-3
 
 
 @dataclass(frozen=True)

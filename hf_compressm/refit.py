@@ -25,14 +25,13 @@ import numpy as np
 import torch
 
 from .drive import KeptRecurrence, fit_drive, kept_recurrences, selection
-from .least_squares import conjugate_gradients, with_ridge
+from .least_squares import PRECONDITIONER_RIDGE, conjugate_gradients, with_ridge
 from .mixers import Mixer
 from .statistics import StateStatistics
 from .token_systems import TokenSystem, systems_of, token_systems
 
 MEAN_FIELD_RIDGE = 1e-4
 MINIMUM_TOKENS = 4096
-PRECONDITIONER_RIDGE = 1e-3
 # Of a measured error curve.
 MOST_SIZES = 16
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .drive import KeptRecurrence, kept_recurrences, selection
+from .drive import KeptRecurrence
 from .mixers import Mixer, ScanInputs, stream_states
 from .mixers.mamba1_normalized import balance, has_weights, raw_readout, root_mean_square, row_scale
 from .statistics import StateStatistics
@@ -98,16 +98,14 @@ def token_systems(
     """Run through a layer's recorded inputs once more, and sum up what a fit needs.
 
     Args:
-        mixer: a mixer that can be refitted; it is only read.
+        mixer: a mixer that normalizes B and C, which has one group; it is only read.
         statistics: of this layer, with its recorded inputs.
         kept: the states that stay, shape (groups, r).
         start: the readouts that errors are those of, M₀, shape (groups, r, N).
 
     Returns:
-        One for each group.
+        A list of one, as `systems_of` makes one for each group of other mixers.
     """
-    if not mixer.is_normalized:
-        return systems_of(kept_recurrences(mixer, statistics, kept), selection(kept, statistics.state_size), start)
     device = statistics.state_gram.device
     kept, start = kept.to(device), start.to(device, torch.float32)
     balances = _balances(mixer, statistics, kept, start)

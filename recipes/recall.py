@@ -22,10 +22,10 @@ from torch import nn
 from transformers import TrainerCallback
 
 from hf_compressm import CompreSSMCallback, Compressor, Record
-from hf_compressm.cards import recall_table
 from hf_compressm.distributed.processes import NonFiniteError
 from hf_compressm.distributed.wrappers import runner, unwrap
 from hf_compressm.provenance import start_record
+from hf_compressm.recall_table import recall_table
 from hf_compressm.replay import evaluation_mode, replay
 
 logger = logging.getLogger("recall")

@@ -1,4 +1,4 @@
-"""Write the table of architectures into README.md, between two comments, from the table that the package goes by."""
+"""Write the tables of architectures and of results into README.md, each between two comments."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from hf_compressm.mixers import ARCHITECTURES, Architecture
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- architectures: written by `make readme-tables` -->", "<!-- end of architectures -->"
+RESULTS = "<!-- results: written by `make readme-tables` -->", "<!-- end of results -->"
 HEADER = ("architecture", "mixer", "N in the config", "groups", "layout", "realizations", "exact in", "notes")
 
 
@@ -43,17 +44,25 @@ def row_of(mixer: str, architecture: Architecture) -> list[str]:
     ]
 
 
-def with_table(text: str, table: str) -> str:
-    """A text with the table between the two comments, in the place of what stood there.
+def with_table(text: str, table: str, begin: str = BEGIN, end: str = END) -> str:
+    """A text with the table between two comments, in the place of what stood there.
 
     Raises:
         ValueError: the text has not exactly one pair of them.
     """
-    parts = re.split(f"({re.escape(BEGIN)}|{re.escape(END)})", text)
-    if parts[1::2] != [BEGIN, END]:
-        raise ValueError(f"expected one {BEGIN!r} and then one {END!r}, found {parts[1::2]}")
-    return f"{parts[0]}{BEGIN}\n{table}\n{END}{parts[4]}"
+    parts = re.split(f"({re.escape(begin)}|{re.escape(end)})", text)
+    if parts[1::2] != [begin, end]:
+        raise ValueError(f"expected one {begin!r} and then one {end!r}, found {parts[1::2]}")
+    return f"{parts[0]}{begin}\n{table}\n{end}{parts[4]}"
+
+
+def with_results(text: str, results: str) -> str:
+    """A text with the benchmarks' results between their two comments."""
+    return with_table(text, f"\n{results}\n", *RESULTS)
 
 
 if __name__ == "__main__":
-    README.write_text(with_table(README.read_text(encoding="utf-8"), architectures_table()), encoding="utf-8")
+    from readme_results import results_text
+
+    text = with_table(README.read_text(encoding="utf-8"), architectures_table())
+    README.write_text(with_results(text, results_text()), encoding="utf-8")

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import FalconMambaConfig, GPT2Config, Mamba2Config, MambaConfig, NemotronHConfig, PreTrainedConfig
 
 from hf_compressm import CompreSSMConfig, Compressor, StateStatistics, compress_, find_mixers, measure
+from hf_compressm.drive import kept_recurrences, selection
 from hf_compressm.estimate import (
     BENCHMARKS,
     DTYPES,
@@ -34,7 +35,7 @@ from hf_compressm.projection import _token_sums
 from hf_compressm.refit import mean_field_readout
 from hf_compressm.replay import InputRecorder
 from hf_compressm.surgery import optimizer_bytes
-from hf_compressm.token_systems import token_systems
+from hf_compressm.token_systems import systems_of
 
 
 def estimate(config: PreTrainedConfig, **options: Any) -> Estimate:
@@ -443,7 +444,8 @@ def test_memory_of_real_fits(name, projected):
     else:
         kept = torch.tensor([0, 2, 5])
         start = mean_field_readout(layer.state_gram[0], kept)
-        (system,) = token_systems(mixer, layer, kept[None], start[None])
+        recurrences = kept_recurrences(mixer, layer, kept[None])
+        (system,) = systems_of(recurrences, selection(kept[None], 8), start[None])
     expected = sum(tensor.nbytes for tensor in vars(system).values() if tensor is not None)
     assert token_system_bytes(8, 3, mixer.groups, 32, projected) == expected
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 from reporting import RESULTS
-from study_tables import CHOSEN, REFERENCES, Columns, between, percent, pm, table
+from study_tables import CHOSEN, REFERENCES, Columns, between, longer_table, percent, pm, table
 
-BEGIN, END = "<!-- results: written by `make readme-tables` -->", "<!-- end of results -->"
 # Moments of the cuts whose damage the README shows.
 MOMENTS = (0.05, 0.2, 0.5, 1.0)
 AGAINST = ("small", "small, equal time", "small projected")
@@ -53,7 +51,7 @@ def results_text(study: dict[str, Any] | None = None, speed: dict[str, Any] | No
         parts += [
             "**Recall beyond the trained length.** Accuracy with as many pairs to remember as in training, and with "
             "two and four times as many:",
-            table(longer_rows(study), longer_columns()),
+            longer_table([row for row in study["longer"] if row["task"] == "recall"]),
         ]
     return "\n\n".join(parts)
 
@@ -100,36 +98,3 @@ def claim_3_columns() -> Columns:
         name = "a finished model" if moment == 1 else f"cut at {percent(moment, 0)}"
         columns[name] = lambda row, moment=moment: percent(row["shares"][moment])
     return columns
-
-
-def longer_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for item in study["longer"]:
-        if item["task"] == "recall":
-            row = rows.setdefault((item["layout"], item["arm"]), {"accuracy": {}})
-            row |= {"layout": item["layout"], "arm": item["arm"]}
-            row["accuracy"][item["times"]] = item["accuracy"]
-    return list(rows.values())
-
-
-def longer_columns() -> Columns:
-    columns: Columns = {"": lambda row: f"{row['layout']}, {row['arm']}"}
-    for times, name in ((1, "as trained"), (2, "2×"), (4, "4×")):
-        columns[name] = lambda row, times=times: pm(row["accuracy"][times])
-    return columns
-
-
-def with_results(text: str, results: str) -> str:
-    """A text with the results between the two comments, in the place of what stood there."""
-    before, rest = text.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{results}\n\n{END}{after}"
-
-
-def main() -> None:
-    readme = Path(__file__).parents[2] / "README.md"
-    readme.write_text(with_results(readme.read_text(encoding="utf-8"), results_text()), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -12,11 +12,12 @@ from test_mamba1_normalized import KEPT, NORMALIZED, build, first_mixer
 from torch import nn
 
 from hf_compressm import CompreSSMConfig, compress, compress_, find_mixers, measure, plan_compression
+from hf_compressm.drive import kept_recurrences, selection
 from hf_compressm.elimination import eliminate
 from hf_compressm.mixers import Architecture, mamba1, register_mixer, take
 from hf_compressm.planning import _needs_inputs, _refit_error
 from hf_compressm.refit import Readout, _Fit, _fit, _result, mean_field_readout, measured_selection_curve
-from hf_compressm.token_systems import ReadoutNorm, TokenSystem, token_systems
+from hf_compressm.token_systems import ReadoutNorm, TokenSystem, systems_of, token_systems
 
 
 @pytest.mark.parametrize("options", [{}, {"refit": False}], ids=["fit", "selection"])
@@ -218,6 +219,6 @@ def test_an_error_below_zero_is_rounding():
     mixer, statistics = first_mixer(build("mamba")), next(iter(measure(build("mamba"), [tokens()]).values()))
     kept = torch.tensor([KEPT])
     start = torch.eye(8, dtype=torch.float64)[kept]
-    systems = token_systems(mixer, statistics, kept, start)
+    systems = systems_of(kept_recurrences(mixer, statistics, kept), selection(kept, 8), start)
     result = _result(mixer, systems, [_Fit(start[0], 1.0, torch.tensor(-1e-9), "mean field")])
     assert result.relative_error == 0

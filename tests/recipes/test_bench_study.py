@@ -13,6 +13,7 @@ from pathlib import Path
 import mambapy.pscan
 import pytest
 import torch
+from readme_tables import README, with_results
 from scipy import stats
 from transformers.utils import logging as transformers_logging
 
@@ -44,8 +45,8 @@ def study():
 def test_the_readme_has_the_results(tables):
     import readme_results
 
-    text = (BENCHMARKS.parents[1] / "README.md").read_text(encoding="utf-8")
-    assert readme_results.with_results(text, readme_results.results_text()) == text, "run `make readme-tables`"
+    text = README.read_text(encoding="utf-8")
+    assert with_results(text, readme_results.results_text()) == text, "run `make readme-tables`"
 
 
 @pytest.fixture(scope="module")
