@@ -12,7 +12,7 @@ MALLOC := MALLOC_MMAP_THRESHOLD_=34359738368 MALLOC_TRIM_THRESHOLD_=34359738368 
 API := analysis cards criteria hankel metrics mixers modeling_compressm plots provenance record report_page
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-checkpoint demo-lora test test-distributed fault-table readme-tables lint format bench bench-gpu bench-study bench-architectures dist api clean
+.PHONY: help demo demo-checkpoint demo-lora test test-distributed fault-table readme-tables lint format bench bench-gpu bench-study bench-fitting bench-architectures dist api clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -55,6 +55,9 @@ bench-gpu: $(VENV)/.recipes  ## on a CUDA machine: build the kernels, measure tr
 
 bench-study: $(VENV)/.recipes  ## does shrinking in training pay, and what does a cut cost; writes recipes/bench/results/ (hours)
 	OMP_NUM_THREADS=1 $(MALLOC) $(RUN) recipes/bench/study.py --resume
+
+bench-fitting: $(VENV)/.recipes  ## how much the knobs of the fits matter; writes recipes/bench/results/ (half an hour)
+	OMP_NUM_THREADS=1 $(MALLOC) $(RUN) recipes/bench/fitting.py
 
 bench-architectures: $(VENV)/.recipes  ## measure what one cut costs in each of the ten architectures; writes recipes/bench/results/
 	OMP_NUM_THREADS=1 $(MALLOC) $(RUN) recipes/bench/architectures.py

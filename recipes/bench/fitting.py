@@ -20,14 +20,13 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from reporting import RESULTS, write_results
 from speed import describe_machine
-from study import LAYOUTS, WORKS, Cell, Work, answer, cosine, prepare_process, score, start, train
+from study import LAYOUTS, WORKS, Cell, Job, Work, answer, cosine, run_jobs, score, start, train
 from study_tables import table
 
 import hf_compressm.drive
@@ -60,7 +59,7 @@ def ways(layout: str, work: Work) -> Iterator[tuple[str, Any, CompreSSMConfig, i
             yield knob, value, config, work.calibration_tokens
 
 
-def run_cell(job: tuple[str, str, int, Work]) -> list[dict[str, Any]]:
+def run_cell(job: Job) -> list[dict[str, Any]]:
     """Train one model, and cut copies of it in every way."""
     layout, task, seed, work = job
     cell = Cell(layout, task, seed, work)
@@ -140,11 +139,10 @@ def main(argv: list[str] | None = None) -> None:
         seeds, tasks = SEEDS[:1], TASKS[:1]
     jobs = [(layout, task, seed, work) for seed in seeds for task in tasks for layout in LAYOUTS]
     rows = []
-    with get_context("spawn").Pool(arguments.processes, initializer=prepare_process) as pool:
-        for cell in pool.imap_unordered(run_cell, jobs):
-            rows += cell
-            first = cell[0]
-            print(f"{first['layout']}, {first['task']}, seed {first['seed']}: done", file=sys.stderr, flush=True)
+    for cell in run_jobs(run_cell, jobs, arguments.processes):
+        rows += cell
+        first = cell[0]
+        print(f"{first['layout']}, {first['task']}, seed {first['seed']}: done", file=sys.stderr, flush=True)
     order = {job[:3]: number for number, job in enumerate(sorted(jobs, key=lambda job: LAYOUTS.index(job[0])))}
     rows.sort(key=lambda row: order[row["layout"], row["task"], row["seed"]])
     results = {"machine": describe_machine("cpu"), "work": json.loads(json.dumps(vars(work))), "seeds": list(seeds)}

@@ -82,6 +82,9 @@ class Work:
     trace: tuple[float, ...] = (0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
 
 
+# Layout, task, seed, sizes.
+Job = tuple[str, str, int, Work]
+
 WORKS = {"cpu": Work(), "quick": Work(steps=160, evaluation_tokens=4096, evaluation_sequences=64)}
 SEEDS = {"cpu": (0, 1, 2, 3, 4), "quick": (0,)}
 
@@ -554,15 +557,14 @@ def read_cells(journal: Path, work: Work | None = None) -> list[dict[str, Any]]:
     return cells
 
 
-def run_cells(todo: list[tuple[str, str, int]], work: Work, processes: int) -> Iterator[dict[str, Any]]:
-    """Run cells in so many processes of one thread each; yields them as they finish."""
-    jobs = [(*cell, work) for cell in todo]
+def run_jobs(run: Callable[[Job], Any], jobs: list[Job], processes: int) -> Iterator[Any]:
+    """Run jobs in so many processes of one thread each; yields their results as they finish."""
     if processes == 1 or len(jobs) <= 1:
         prepare_process()
-        yield from map(_run_job, jobs)
+        yield from map(run, jobs)
         return
     with multiprocessing.get_context("spawn").Pool(processes, initializer=prepare_process) as pool:
-        yield from pool.imap_unordered(_run_job, jobs)
+        yield from pool.imap_unordered(run, jobs)
 
 
 def rounded(value: Any) -> Any:
@@ -582,7 +584,7 @@ def prepare_process() -> None:
     logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)
 
 
-def _run_job(job: tuple[str, str, int, Work]) -> dict[str, Any]:
+def _run_job(job: Job) -> dict[str, Any]:
     """A finished cell; or what went wrong, so that a run of hours does not end by one cell."""
     try:
         return rounded(run_cell(*job))
@@ -625,7 +627,8 @@ def main(argv: list[str] | None = None) -> None:
         done = {(cell["layout"], cell["task"], cell["seed"]) for cell in read_cells(journal, work)}
         wanted = [(layout, task, seed) for seed in seeds for task in arguments.tasks for layout in arguments.layouts]
         started, failed = time.perf_counter(), []
-        for cell in run_cells([cell for cell in wanted if cell not in done], work, arguments.processes):
+        todo = [(*cell, work) for cell in wanted if cell not in done]
+        for cell in run_jobs(_run_job, todo, arguments.processes):
             if "failed" in cell:
                 failed.append(f"{cell['layout']}, {cell['task']}, seed {cell['seed']}")
                 print(f"{failed[-1]} failed:\n{cell['failed']}", file=sys.stderr, flush=True)

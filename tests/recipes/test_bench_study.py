@@ -38,7 +38,7 @@ def study():
     transformers_logging.set_verbosity(verbosity)
     kernels.setLevel(level)
     torch.set_num_threads(threads)
-    for name in ("study", "study_tables", "readme_results", "tasks", "reporting", "speed"):
+    for name in ("study", "study_tables", "readme_results", "fitting", "tasks", "reporting", "speed"):
         sys.modules.pop(name, None)
 
 
@@ -319,6 +319,31 @@ def test_a_failed_cell_is_told_and_does_not_end_the_run(study, tiny_run, tmp_pat
         study.main(command)
     assert "it is broken" in capsys.readouterr().err
     assert [json.loads(line) for line in (tmp_path / "study-quick.jsonl").read_text().splitlines()] == [good]
+
+
+def test_knobs_of_the_fits_are_turned_one_at_a_time(study, tmp_path, monkeypatch):
+    import fitting
+
+    work = replace(tiny_work(study), calibration_tokens=1024, state_size=16, kept=4)
+    monkeypatch.setitem(study.WORKS, "quick", work)
+    fitting.main(["--quick", "--processes", "1", "--output", str(tmp_path)])
+    results = json.loads((tmp_path / "fitting-quick.json").read_text())
+    rows = {(row["layout"], row["knob"], row["value"]): row for row in results["rows"]}
+    assert len(rows) == len(results["rows"]) == sum(len(list(fitting.ways(layout, work))) for layout in study.LAYOUTS)
+    # As many tokens as the defaults have, and no others: the same cut.
+    assert rows["mamba", "calibration tokens", 1024]["kl"] == rows["mamba", "defaults", ""]["kl"]
+    for knob, value in [("refit_rounds", 0), ("refit_steps", 3), ("refit_penalty", 1e-1)]:
+        assert rows["mamba", knob, value]["kl"] != rows["mamba", "defaults", ""]["kl"], knob
+    # The tiny model has no more channels than that.
+    assert rows["mamba", "channels of the fits", 16]["kl"] == rows["mamba", "defaults", ""]["kl"]
+    summary = {(row["layout"], row["knob"], row["value"]): row for row in results["summary"]}
+    one = summary["mamba2", "projection_rounds", 0]
+    ratio = rows["mamba2", "projection_rounds", 0]["kl"] / rows["mamba2", "defaults", ""]["kl"]
+    assert one["ratio"] == pytest.approx(ratio) and one["models"] == 1
+    assert (
+        f"| projection_rounds | 0 | {one['kl']['recall']:.2g} | {one['ratio']:.2f}"
+        in (tmp_path / "fitting-quick.md").read_text()
+    )
 
 
 def test_tables_without_a_cell_say_what_to_do(study, tmp_path):
