@@ -83,17 +83,24 @@ def claim_2_columns() -> Columns:
 
 
 def claim_3_rows(study: dict[str, Any]) -> list[dict[str, Any]]:
-    """One for each layout and reference, with the shares by moment."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    """Shares by moment: for each layout and reference, and for each task alone against the first reference."""
+    rows: dict[str, dict[str, Any]] = {}
+
+    def add(name: str, moment: float, share: float) -> None:
+        rows.setdefault(name, {"name": name, "shares": {}})["shares"][moment] = share
+
+    first = next(iter(REFERENCES))
     for claim in study["claim 3"]:
-        row = rows.setdefault((claim["layout"], claim["against"]), {"shares": {}})
-        row |= {"layout": claim["layout"], "against": claim["against"]}
-        row["shares"][claim["moment"]] = claim["share"]
-    return list(rows.values())
+        name = f"{claim['layout']}, of {REFERENCES[claim['against']]}'s"
+        add(name, claim["moment"], claim["share"])
+        if claim["against"] == first and len(claim["by task"]) > 1:
+            for task, share in claim["by task"].items():
+                add(f"{name}, {task} alone", claim["moment"], share)
+    return sorted(rows.values(), key=lambda row: (row["name"].split(",")[0], "alone" in row["name"]))
 
 
 def claim_3_columns() -> Columns:
-    columns: Columns = {"": lambda row: f"{row['layout']}, of {REFERENCES[row['against']]}'s"}
+    columns: Columns = {"": lambda row: row["name"]}
     for moment in MOMENTS:
         name = "a finished model" if moment == 1 else f"cut at {percent(moment, 0)}"
         columns[name] = lambda row, moment=moment: percent(row["shares"][moment])

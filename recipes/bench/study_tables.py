@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Iterable
@@ -23,6 +24,8 @@ PAIRS = (
 REFERENCES = {"ghost": "GHOST", "hankel": "mean-LTI"}
 # Claim 3: the share of the references' KL that the default's may be.
 MOST_DAMAGE = 0.1
+# Largest relative error of a layer, as the plan measured it: what a `tolerance` bounds.
+ERRORS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5)
 # What the defaults could be instead.
 ALTERNATIVES = (
     *("cut 5 %", "cut 10 %", "cut 30 %", "cut 50 %", "stages", "cut after", "cut after + distillation"),
@@ -167,6 +170,20 @@ def damage_rows(cells: Cells) -> list[dict[str, Any]]:
     return result
 
 
+def error_rows(cells: Cells) -> list[dict[str, Any]]:
+    """What default cuts did to the answers, by the error that their plans foresaw for the layers."""
+    result = []
+    for layout in dict.fromkeys(cell["layout"] for cell in cells):
+        cuts = [row for cell in cells if cell["layout"] == layout for row in cell["damage"] if row["arm"] == "default"]
+        for low, high in itertools.pairwise((*ERRORS, None)):
+            own = [row for row in cuts if low <= max(row["relative_errors"]) < (high or math.inf)]
+            if own:
+                row = {"layout": layout, "low": low, "high": high, "cuts": len(own)}
+                row |= {key: statistics.median(item[key] for item in own) for key in ("kl", "added")}
+                result.append(row | {f"largest {key}": max(item[key] for item in own) for key in ("kl", "added")})
+    return result
+
+
 def longer_rows(cells: Cells) -> list[dict[str, Any]]:
     """Accuracy on sequences longer than those of training."""
     result = []
@@ -209,6 +226,7 @@ def summarize(cells: Cells) -> dict[str, Any]:
         "seeds": {f"{layout}, {task}": [c["seed"] for c in at(cells, layout, task)] for layout, task in places(cells)},
         "claim 2": claim_2(cells),
         "claim 3": claim_3(cells),
+        "errors": error_rows(cells),
         "longer": longer_rows(cells),
         "alternatives": alternatives(cells),
         "arms": arm_rows(cells),
@@ -266,6 +284,18 @@ CLAIM_3: Columns = {
     "mean of the tasks' shares": lambda row: percent(row["mean of task shares"]),
     "worst task": lambda row: worst(row["by task"]),
     "goal": lambda row: row["verdict"],
+}
+
+ERROR: Columns = {
+    "layout": lambda row: row["layout"],
+    "largest error of a layer": lambda row: (
+        f"{percent(row['low'], 0)} to {percent(row['high'], 0)}" if row["high"] else f"above {percent(row['low'], 0)}"
+    ),
+    "cuts": lambda row: row["cuts"],
+    "KL": lambda row: f"{row['kl']:.2g}",
+    "largest KL": lambda row: f"{row['largest kl']:.2g}",
+    "added loss": lambda row: f"{row['added']:+.2g}",
+    "largest added loss": lambda row: f"{row['largest added']:+.2g}",
 }
 
 ALTERNATIVE: Columns = {
@@ -346,6 +376,10 @@ def markdown(summary: dict[str, Any]) -> str:
         "theirs. The mean of the tasks' shares stands beside it: there, a task that hardly needs its states counts as "
         "much as one that a selection ruins.",
         table(summary["claim 3"], CLAIM_3),
+        "## What a measured error means",
+        "The default's cuts at all moments and sizes, of all tasks and seeds, by the largest relative error that the "
+        "plan measured in a layer (what `tolerance` bounds): median and largest KL and added loss, nats.",
+        table(summary["errors"], ERROR),
         "## The choice of defaults",
         f"Each arm against `{CHOSEN}` (one cut at a fifth of training, by the defaults), over all tasks and seeds; "
         "tasks lower or higher: in how many tasks the interval over seeds excludes zero. Losses of different tasks "

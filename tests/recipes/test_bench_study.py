@@ -362,7 +362,10 @@ def made_up(layout: str, task: str, seed: int, losses: dict[str, float], kls: di
             {"arm": arm, "loss": loss, "accuracy": 1 - loss / 10, "seconds": {"training": seconds.get(arm, 4.0)}}
             for arm, loss in losses.items()
         ],
-        "damage": [{"arm": arm, "moment": 0.2, "kept": 8, "kl": kl} for arm, kl in kls.items()],
+        "damage": [
+            {"arm": arm, "moment": 0.2, "kept": 8, "kl": kl, "added": kl / 2, "relative_errors": [kl / 20, kl / 10]}
+            for arm, kl in kls.items()
+        ],
     }
 
 
@@ -398,6 +401,32 @@ def test_claim_3_is_a_ratio_of_means_and_a_mean_of_the_tasks_ratios(tables):
     assert row["mean of task shares"] == pytest.approx(0.125) and row["verdict"] == "MISSED"
     assert rows["mamba", "hankel"]["verdict"] == rows["mamba2", "ghost"]["verdict"] == "met"
     assert rows["mamba2", "hankel"]["verdict"] == "MISSED"
+
+
+def test_the_readme_shows_each_task_alone(tables):
+    import readme_results
+
+    cells = [
+        made_up("mamba", task, 0, {}, {"default": own, "ghost": 1.0, "hankel": 2.0})
+        for task, own in (("text", 0.3), ("recall", 0.1))
+    ]
+    rows = {row["name"]: row["shares"] for row in readme_results.claim_3_rows({"claim 3": tables.claim_3(cells)})}
+    assert {name: round(shares[0.2], 6) for name, shares in rows.items()} == {
+        "mamba, of GHOST's": 0.2,
+        "mamba, of mean-LTI's": 0.1,
+        "mamba, of GHOST's, text alone": 0.3,
+        "mamba, of GHOST's, recall alone": 0.1,
+    }
+
+
+def test_measured_errors_stand_beside_what_they_did(tables):
+    cells = [
+        made_up("mamba", "text", seed, {}, {"default": kl, "ghost": 5.0}) for seed, kl in enumerate((0.15, 0.6, 0.9))
+    ]
+    first, second = tables.error_rows(cells)
+    assert (first["low"], first["high"], first["cuts"], first["kl"]) == (0.01, 0.02, 1, 0.15)
+    assert (second["low"], second["high"], second["cuts"]) == (0.05, 0.1, 2)
+    assert (second["kl"], second["largest kl"], second["largest added"]) == pytest.approx((0.75, 0.9, 0.45))
 
 
 def test_tables_hold_the_numbers_of_the_cells(tables, tiny_run, cells):
