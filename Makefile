@@ -56,7 +56,7 @@ bench-gpu: $(VENV)/.recipes  ## on a CUDA machine: build the kernels, measure tr
 bench-study: $(VENV)/.recipes  ## does shrinking in training pay, and what does a cut cost; writes recipes/bench/results/ (hours)
 	OMP_NUM_THREADS=1 $(MALLOC) $(RUN) recipes/bench/study.py --resume
 
-bench-fitting: $(VENV)/.recipes  ## how much the knobs of the fits matter; writes recipes/bench/results/ (half an hour)
+bench-fitting: $(VENV)/.recipes  ## how much the knobs of the fits matter; writes recipes/bench/results/ (twenty minutes)
 	OMP_NUM_THREADS=1 $(MALLOC) $(RUN) recipes/bench/fitting.py
 
 bench-architectures: $(VENV)/.recipes  ## measure what one cut costs in each of the ten architectures; writes recipes/bench/results/
