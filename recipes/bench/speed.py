@@ -2,7 +2,7 @@
 
     python recipes/bench/speed.py                    # ten minutes; writes speed-cpu.json and .md to results/
     python recipes/bench/speed.py --quick            # about a minute, to try it out
-    python recipes/bench/speed.py --large            # one cut of 130M parameters: half an hour and 20 GB of memory
+    python recipes/bench/speed.py --large            # one cut of 24 layers, 768 wide: 20 minutes, 23 GB of memory
     python recipes/bench/speed.py --device cuda      # wider and longer; Mamba's CUDA kernels if they are installed
 
 Measured on stock Transformers models with random weights and random data: (a) milliseconds per training step against
@@ -11,8 +11,8 @@ in training steps of the same batch; (d) the peak memory of a cut against that o
 and decoding of Mamba-2 uncut, cut to a stock model, and projected; (f) a whole run with a cut against one without;
 (g) what is left of a step without states, and so how much a cut could save at most; (h) decoding and long prompts
 against N; (i) the peak memory of a training step before and after a cut; and, with --large, (j) what a cut of a
-130M-parameter model costs. Medians with the smallest and largest value; nothing here is a test, but goals are judged.
-On a CPU set glibc's malloc to keep memory (`make bench` does): page faults dominate otherwise. The environment is
+model of 24 layers, 768 wide, costs (130M parameters, but for a smaller vocabulary). Medians with the smallest and
+largest value; nothing here is a test, but goals are judged. On a CPU set glibc's malloc to keep memory (`make bench` does): page faults dominate otherwise. The environment is
 written down with the results. `make bench-gpu` measures more on a GPU (gpu.py).
 """
 
@@ -312,7 +312,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="tiny models, to try it out")
-    parser.add_argument("--large", action="store_true", help="only (j), one cut of a 130M-parameter model")
+    parser.add_argument("--large", action="store_true", help="only (j), one cut of 24 layers, 768 wide")
     parser.add_argument("--output", type=Path, default=RESULTS, help="where the JSON and the Markdown file go")
     arguments = parser.parse_args()
     logging.getLogger("transformers.integrations.hub_kernels").setLevel(logging.ERROR)

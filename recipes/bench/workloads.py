@@ -57,7 +57,7 @@ WORKLOADS = {
     "cuda": Workload(hidden_size=768, layers=4, batch=8, length=1024, rounds=25, prompt=4096),
     # 130M parameters, but for the vocabulary.
     "large": Workload(
-        hidden_size=768, layers=24, batch=2, length=512, rounds=3, cuts=((128, 16),), checkpointing=True
+        hidden_size=768, layers=24, batch=1, length=512, rounds=1, cuts=((128, 16),), checkpointing=True
     ),
     "large-quick": Workload(
         hidden_size=16, layers=1, batch=8, length=128, rounds=1, cuts=((32, 8),), checkpointing=True
