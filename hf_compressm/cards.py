@@ -154,7 +154,7 @@ def _side(record: Record, cut: dict[str, Any], side: str) -> dict[str, Any]:
         if entry.get("step_seconds") and entry.get("state_size") == sizes[-1]
     ]
     return {
-        "state_size": " to ".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))),
+        "state_size": "–".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))),
         "parameters": cut[f"parameters_{side}"],
         "optimizer_bytes": cut.get(f"optimizer_bytes_{side}", 0),
         "state_bytes": cut.get(f"state_bytes_{side}", 0),

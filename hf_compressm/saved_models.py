@@ -231,7 +231,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
     mixers = find_mixers(model).values()
     sizes = [mixer.state_size for mixer in mixers]
     return {
-        "state_size": " to ".join(map(str, dict.fromkeys((min(sizes), max(sizes))))),
+        "state_size": "–".join(map(str, dict.fromkeys((min(sizes), max(sizes))))),
         "parameters": model.num_parameters(),
         "state_bytes": sum(mixer.bytes_per_state * mixer.state_size for mixer in mixers),
     }

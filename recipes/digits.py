@@ -48,6 +48,7 @@ from hf_compressm import CompreSSMCallback, CompreSSMConfig, Record, find_mixers
 from hf_compressm.cards import write_card
 from hf_compressm.metrics import metric_path
 from hf_compressm.provenance import record_of
+from hf_compressm.ranks import state_size_of
 from hf_compressm.report_page import write_report_page
 from hf_compressm.surgery import optimizer_bytes
 
@@ -164,7 +165,7 @@ class BeforeTheCut(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
         seconds = time.perf_counter() - self.start
-        self.step_seconds.setdefault(model.config.state_size, []).append(seconds)
+        self.step_seconds.setdefault(state_size_of(find_mixers(model)), []).append(seconds)
         if is_about_to_cut(self.cutter.compressor, state.global_step):
             close_step(self.cutter, state.global_step)
             self.measured = assess(model, self.test) | assess_later(model, self.test) | describe(model, optimizer)
@@ -187,11 +188,11 @@ class AfterTheCut(TrainerCallback):
 
 def describe(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, int]:
     """Sizes of a model and of its optimizer's state."""
-    mixers = find_mixers(model).values()
+    mixers = find_mixers(model)
     return {
-        "state_size": model.config.state_size,
+        "state_size": state_size_of(mixers),
         "parameters": model.num_parameters(),
-        "state_bytes": sum(mixer.module.intermediate_size * mixer.state_size * 4 for mixer in mixers),
+        "state_bytes": sum(mixer.module.intermediate_size * mixer.state_size * 4 for mixer in mixers.values()),
         "optimizer_bytes": optimizer_bytes(optimizer),
     }
 

@@ -191,7 +191,7 @@ def test_several_cuts_of_many_layers(tmp_path):
 
 def test_layers_of_their_own_sizes(tmp_path):
     card = write_card(saved(tmp_path / "model", "mamba2", state_size=[3, 5], realization="projected")).read_text()
-    assert "| state size N | 8 | 3 to 5 |" in card
+    assert "| state size N | 8 | 3–5 |" in card
 
 
 def test_adapters(tmp_path):

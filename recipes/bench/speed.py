@@ -12,8 +12,9 @@ and decoding of Mamba-2 uncut, cut to a stock model, and projected; (f) a whole 
 (g) what is left of a step without states, and so how much a cut could save at most; (h) decoding and long prompts
 against N; (i) the peak memory of a training step before and after a cut; and, with --large, (j) what a cut of a
 model of 24 layers, 768 wide, costs (130M parameters, but for a smaller vocabulary). Medians with the smallest and
-largest value; nothing here is a test, but goals are judged. On a CPU set glibc's malloc to keep memory (`make bench` does): page faults dominate otherwise. The environment is
-written down with the results. `make bench-gpu` measures more on a GPU (gpu.py).
+largest value; nothing here is a test, but goals are judged. On a CPU set glibc's malloc to keep memory (`make bench`
+does): page faults dominate otherwise. The environment is written down with the results. `make bench-gpu` measures more
+on a GPU (gpu.py).
 """
 
 from __future__ import annotations
