@@ -189,7 +189,7 @@ def test_compress(place):
     made = [[layer["state_size_after"] for layer in cut["layers"]] for cut in Record.load("smaller").made_cuts]
     assert made[0] == sizes and sum(made[1]) == 2 * 2
     said = json.loads(out)["evaluations"]["cut"]["state_size"]
-    assert said == ("2" if made[1] == [2, 2] else f"{min(made[1])} to {max(made[1])}")
+    assert said == ("2" if made[1] == [2, 2] else f"{min(made[1])}–{max(made[1])}")
     assert files() == {"full", "small", "smaller", "tokens.jsonl"}
 
 

@@ -81,7 +81,7 @@ def test_its_numbers_are_ours(run, folder, capsys):
         # A projected cut shares its states out: two in every layer, on average.
         sizes = sorted(mixer.state_size for mixer in find_mixers(model).values())
         assert sum(sizes) == 2 * len(sizes)
-        assert result["state_size"] == (f"{sizes[0]} to {sizes[-1]}" if sizes[0] < sizes[-1] else f"{sizes[0]}")
+        assert result["state_size"] == (f"{sizes[0]}–{sizes[-1]}" if sizes[0] < sizes[-1] else f"{sizes[0]}")
         assert (
             re.search(rf"state size N.* {result['state_size']}\b", printed) and f"{result['state_bytes']:,}" in printed
         )
