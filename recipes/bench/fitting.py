@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import math
 import statistics
 import sys
@@ -35,7 +34,7 @@ from hf_compressm import CompreSSMConfig, compress_, measure, plan_compression
 TASKS = ("recall", "text", "digits")
 SEEDS = (50, 51)
 TOKENS = (512, 1024, 2048, 8192, 16384)
-# Knob → its values; the first of each line of results is the defaults'.
+# Knob → the values that it is turned to, beside the defaults'.
 KNOBS = {
     "mamba": {
         "refit_rounds": (0, 1, 3, 5),
@@ -143,9 +142,8 @@ def main(argv: list[str] | None = None) -> None:
         rows += cell
         first = cell[0]
         print(f"{first['layout']}, {first['task']}, seed {first['seed']}: done", file=sys.stderr, flush=True)
-    order = {job[:3]: number for number, job in enumerate(sorted(jobs, key=lambda job: LAYOUTS.index(job[0])))}
-    rows.sort(key=lambda row: order[row["layout"], row["task"], row["seed"]])
-    results = {"machine": describe_machine("cpu"), "work": json.loads(json.dumps(vars(work))), "seeds": list(seeds)}
+    rows.sort(key=lambda row: (LAYOUTS.index(row["layout"]), row["seed"], TASKS.index(row["task"])))
+    results = {"machine": describe_machine("cpu"), "work": vars(work), "seeds": list(seeds)}
     results |= {"summary": summarize(rows), "rows": rows}
     write_results(arguments.output, f"fitting-{name}", results, markdown(results))
 
