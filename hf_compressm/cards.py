@@ -17,7 +17,7 @@ from transformers.utils import logging
 from .config import chosen
 from .plots import plot_error_curves
 from .recall_table import recall_by_distance, recall_table
-from .record import LABELS, RECALL, RECORD_FILE, Record
+from .record import LABELS, RECALL, RECORD_FILE, Record, size_range
 
 logger = logging.get_logger(__name__)
 
@@ -154,7 +154,7 @@ def _side(record: Record, cut: dict[str, Any], side: str) -> dict[str, Any]:
         if entry.get("step_seconds") and entry.get("state_size") == sizes[-1]
     ]
     return {
-        "state_size": "–".join(map(str, dict.fromkeys((sizes[0], sizes[-1])))),
+        "state_size": size_range(sizes),
         "parameters": cut[f"parameters_{side}"],
         "optimizer_bytes": cut.get(f"optimizer_bytes_{side}", 0),
         "state_bytes": cut.get(f"state_bytes_{side}", 0),

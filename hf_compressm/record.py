@@ -10,6 +10,7 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -164,3 +165,14 @@ def describe_machine() -> str:
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         name = names[0] if names else name
     return f"{name}, {os.cpu_count()} cores"
+
+
+def size_range(sizes: Iterable[int]) -> str:
+    """The state size of all layers, or from the smallest to the largest.
+
+    Example:
+        >>> size_range([8, 16, 12]), size_range([8, 8])
+        ('8–16', '8')
+    """
+    sizes = sorted(sizes)
+    return "–".join(map(str, dict.fromkeys((sizes[0], sizes[-1]))))

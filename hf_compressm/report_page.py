@@ -28,7 +28,7 @@ from .plots import (
     figure_svg,
     save_figure,
 )
-from .record import LABELS, RECALL, RECORD_FILE, Record
+from .record import LABELS, RECALL, RECORD_FILE, Record, size_range
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -517,8 +517,7 @@ def _at_step(cut: Mapping[str, Any]) -> str:
 
 def _range(cut: Mapping[str, Any], when: str) -> str:
     """The state size of all layers, or from the smallest to the largest."""
-    sizes = [layer[f"state_size_{when}"] for layer in cut["layers"]]
-    return str(sizes[0]) if len(set(sizes)) == 1 else f"{min(sizes)}–{max(sizes)}"
+    return size_range(layer[f"state_size_{when}"] for layer in cut["layers"])
 
 
 def _any_projected(cuts: Sequence[Mapping[str, Any]]) -> bool:

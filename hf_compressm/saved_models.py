@@ -20,7 +20,7 @@ from .model_files import SavedModel, check_cut, check_output, check_weights, loa
 from .planning import plan_compression
 from .provenance import record_of
 from .ranks import fixed_state_size
-from .record import describe_machine
+from .record import describe_machine, size_range
 from .refit import tokens_for_a_fit
 from .report import CompressionReport
 from .report_page import write_report_page
@@ -227,11 +227,10 @@ def compress_saved(
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
-    """The sizes of a model: `state_size` in words ("8", "3 to 5"), `parameters`, and `state_bytes` per sequence."""
+    """The sizes of a model: `state_size` in words ("8", "3–5"), `parameters`, and `state_bytes` per sequence."""
     mixers = find_mixers(model).values()
-    sizes = [mixer.state_size for mixer in mixers]
     return {
-        "state_size": "–".join(map(str, dict.fromkeys((min(sizes), max(sizes))))),
+        "state_size": size_range(mixer.state_size for mixer in mixers),
         "parameters": model.num_parameters(),
         "state_bytes": sum(mixer.bytes_per_state * mixer.state_size for mixer in mixers),
     }
